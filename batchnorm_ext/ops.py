@@ -1,0 +1,162 @@
+"""The operators `torch.ops.batchnorm_ext.*`: loads them and describes them to tracing.
+
+A fake kernel tells `torch.compile`, `torch.export` and meta tensors what an operator returns,
+without data. Schemas stand in csrc/bindings/schema.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from batchnorm_ext import _C
+
+__all__ = ["batch_norm"]
+
+#: The differentiable operator behind every module and function of this package.
+batch_norm = torch.ops.batchnorm_ext.batch_norm.default
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """True where elements lie in memory as those of a contiguous (N, *, C) tensor."""
+    expected = 1
+    for dim in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        if tensor.size(dim) > 1:
+            if tensor.stride(dim) != expected:
+                return False
+            expected = expected * tensor.size(dim)
+    return True
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """An output for this input: in its memory layout if that is one of the two that kernels know.
+
+    Mirrors in_some_layout() of csrc/bindings/layout.cpp.
+    """
+    if tensor.is_contiguous() or not (_is_channels_last(tensor) or tensor.stride(1) == 1):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if tensor.size(1) == 1 and not _is_channels_last(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    n, c, *spatial = tensor.shape
+    rows = torch.empty((n, *spatial, c), dtype=tensor.dtype, device=tensor.device)
+    return rows.movedim(-1, 1)
+
+
+def _mask_shape(input: Tensor) -> tuple[int, int]:
+    """Rows and bytes per row, as core/types.h has them."""
+    n, c = input.shape[:2]
+    s = math.prod(input.shape[2:])
+    if c == 1:
+        return 1, (n * s + 7) // 8
+    if s == 1 or not input.is_contiguous():
+        return n * s, (c + 7) // 8
+    return n * c, (s + 7) // 8
+
+
+def _check_channels(input: Tensor, **values: Tensor | None) -> None:
+    for name, value in values.items():
+        if value is not None:
+            torch._check(
+                value.numel() == input.size(1),
+                lambda name=name, value=value: (
+                    f"{name} should contain {input.size(1)} elements not {value.numel()}"
+                ),
+            )
+
+
+def _check_residual(input: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return
+    torch._check(
+        residual.shape == input.shape and residual.dtype == input.dtype,
+        lambda: (
+            f"residual should have the shape and dtype of input, {tuple(input.shape)} "
+            f"{input.dtype}, but got {tuple(residual.shape)} {residual.dtype}"
+        ),
+    )
+
+
+_PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
+
+
+@torch.library.register_fake("batchnorm_ext::forward_train")
+def _(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    activation_param: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_channels(
+        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    _check_residual(input, residual)
+    output = _empty_like(input)
+    mean = torch.empty(input.size(1), dtype=torch.float64, device=input.device)
+    masked = save_mask and activation in _PIECEWISE_LINEAR
+    mask_shape = _mask_shape(output) if masked else (0,)
+    mask = torch.empty(mask_shape, dtype=torch.uint8, device=input.device)
+    return output, mean, torch.empty_like(mean), mask
+
+
+@torch.library.register_fake("batchnorm_ext::forward_eval")
+def _(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    activation: str,
+    activation_param: float,
+) -> Tensor:
+    _check_channels(
+        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    _check_residual(input, residual)
+    return _empty_like(input)
+
+
+@torch.library.register_fake("batchnorm_ext::backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    activation: str,
+    activation_param: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradient(needed: bool, like: Tensor | None) -> Tensor:
+        if needed and like is not None:
+            return torch.empty_like(like)
+        return input.new_empty(0)
+
+    dense = _empty_like(input)
+    return (
+        gradient(output_mask[0], dense),
+        gradient(output_mask[1], dense),
+        gradient(output_mask[2], weight),
+        gradient(output_mask[3], bias),
+    )
+
+
+def build_info() -> dict[str, object]:
+    """How the compiled part was built: versions, compiler, backends, instruction sets."""
+    return _C.build_info()

@@ -1,0 +1,286 @@
+// The differentiable operator: one composite op over a C++ autograd Function.
+#include <ATen/core/Tensor.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/elu_backward.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/hardswish_backward.h>
+#include <ATen/ops/hardtanh_backward.h>
+#include <ATen/ops/leaky_relu_backward.h>
+#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/threshold_backward.h>
+#include <c10/core/SymIntArrayRef.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <numeric>
+
+#include "bindings/checks.h"
+#include "bindings/ops.h"
+
+namespace batchnorm {
+namespace bindings {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Settings : torch::CustomClassHolder {
+  bool training = false;
+  std::optional<double> momentum;
+  double eps = 0;
+  std::string activation_name;
+  Activation activation = Activation::kIdentity;
+  double activation_param = 0;
+  std::array<bool, 4> given{};  // which of the differentiable arguments
+};
+
+// Positions of the Function's tensors, in both directions.
+enum Argument { kInput, kResidual, kWeight, kBias, kDifferentiable };
+
+OptionalTensor optional(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
+
+// dy * act'(z) in operators that are differentiable themselves.
+at::Tensor activation_gradient(const at::Tensor& dy, const at::Tensor& z, const Settings& s) {
+  switch (s.activation) {
+    case Activation::kRelu:
+      return at::threshold_backward(dy, z, 0);
+    case Activation::kRelu6:
+      return at::hardtanh_backward(dy, z, 0, 6);
+    case Activation::kLeakyRelu:
+      return at::leaky_relu_backward(dy, z, s.activation_param, false);
+    case Activation::kElu:
+      return at::elu_backward(dy, s.activation_param, 1, 1, false, z);
+    case Activation::kSilu:
+      return at::silu_backward(dy, z);
+    case Activation::kGelu:
+      return at::gelu_backward(dy, z, "none");
+    case Activation::kGeluTanh:
+      return at::gelu_backward(dy, z, "tanh");
+    case Activation::kHardswish:
+      return at::hardswish_backward(dy, z);
+    default:
+      return dy;
+  }
+}
+
+// The gradients by the formula of cpu/batchnorm.h, as a differentiable function of dy, input,
+// residual, weight and bias: what create_graph=True asks for. Statistics are computed again, so
+// that they are part of the graph.
+variable_list differentiable_backward(const at::Tensor& grad_output, const variable_list& saved,
+                                      const Settings& s, const std::array<bool, 4>& needed) {
+  const at::Tensor &input = saved[kInput], &residual = saved[kResidual], &weight = saved[kWeight],
+                   &bias = saved[kBias];
+  const auto dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  std::vector<std::int64_t> dims(static_cast<std::size_t>(input.dim() - 1));
+  std::iota(dims.begin(), dims.end(), 1);
+  dims[0] = 0;  // all but the channels': 0, 2, 3, ...
+  std::vector<std::int64_t> per_channel(static_cast<std::size_t>(input.dim()), 1);
+  per_channel[1] = -1;
+  const auto channels = [&](const at::Tensor& values) {
+    return values.to(dtype).reshape(per_channel);
+  };
+
+  const at::Tensor x = input.to(dtype), dy = grad_output.to(dtype);
+  at::Tensor centered, invstd;
+  if (s.training) {
+    centered = x - x.mean(dims, true);
+    invstd = (centered.square().mean(dims, true) + s.eps).rsqrt();
+  } else {
+    centered = x - channels(saved[kDifferentiable]);
+    invstd = channels(saved[kDifferentiable + 1]);
+  }
+  const at::Tensor normalized = centered * invstd;
+  at::Tensor dz = dy;
+  if (s.activation != Activation::kIdentity) {
+    at::Tensor z = normalized;
+    if (weight.defined()) z = z * channels(weight);
+    if (bias.defined()) z = z + channels(bias);
+    if (residual.defined()) z = z + residual.to(dtype);
+    if (is_piecewise_linear(s.activation)) z = z.to(input.scalar_type()).to(dtype);
+    dz = activation_gradient(dy, z, s);
+  }
+  const auto shaped_like = [](const at::Tensor& gradient, const at::Tensor& value) {
+    return gradient.reshape_symint(value.sym_sizes()).to(value.scalar_type());
+  };
+  variable_list gradients(4);
+  if (needed[kInput]) {
+    const at::Tensor scale = weight.defined() ? invstd * channels(weight) : invstd;
+    at::Tensor inner = dz;
+    if (s.training) {
+      inner = dz - dz.mean(dims, true) - normalized * (dz * normalized).mean(dims, true);
+    }
+    gradients[kInput] = (inner * scale).to(input.scalar_type());
+  }
+  if (needed[kResidual]) gradients[kResidual] = dz.to(input.scalar_type());
+  if (needed[kWeight]) {
+    gradients[kWeight] = shaped_like((dz * normalized).sum(dims, true), weight);
+  }
+  if (needed[kBias]) gradients[kBias] = shaped_like(dz.sum(dims, true), bias);
+  return gradients;
+}
+
+// The running statistics are never saved: whoever overwrites them
+// between forward and backward (another forward, DDP) changes no gradient.
+class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
+ public:
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input,
+                            const OptionalTensor& residual, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var,
+                            const OptionalTensor& num_batches_tracked,
+                            const c10::intrusive_ptr<Settings>& settings) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Settings& s = *settings;
+    const bool identity = s.activation == Activation::kIdentity;
+    const bool use_mask = residual && is_piecewise_linear(s.activation) && s.training;
+    at::Tensor y, mean, invstd, mask;
+    if (s.training) {
+      std::tie(y, mean, invstd, mask) = ops::forward_train(
+          input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+          s.momentum, s.eps, s.activation_name, s.activation_param, use_mask);
+    } else {
+      y = ops::forward_eval(input, residual, weight, bias, *running_mean, *running_var, s.eps,
+                            s.activation_name, s.activation_param);
+      mean = running_mean->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).reshape(-1);
+      invstd = (running_var->to(at::kDouble) + s.eps).rsqrt().reshape(-1);
+    }
+    ctx->save_for_backward({input, identity ? at::Tensor() : or_undefined(residual),
+                            or_undefined(weight), or_undefined(bias),
+                            mean, invstd, mask});
+    settings->given = {true, residual.has_value(), weight.has_value(), bias.has_value()};
+    ctx->saved_data["settings"] = c10::IValue::make_capsule(settings);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    variable_list gradients(8);
+    if (!grad_outputs[0].defined()) return gradients;
+    const auto settings =
+        c10::static_intrusive_pointer_cast<Settings>(ctx->saved_data["settings"].toCapsule());
+    const Settings& s = *settings;
+    const variable_list saved = ctx->get_saved_variables();
+    std::array<bool, 4> needed;
+    std::size_t edge = 0;  // absent arguments have none
+    for (std::size_t i = 0; i < needed.size(); ++i) {
+      needed[i] = s.given[i] && ctx->needs_input_grad(edge++);
+    }
+    if (at::GradMode::is_enabled()) {
+      const variable_list some = differentiable_backward(grad_outputs[0], saved, s, needed);
+      std::copy(some.begin(), some.end(), gradients.begin());
+      return gradients;
+    }
+    // Without an activation the residual's gradient is dy itself.
+    const bool pass_on = needed[kResidual] && s.activation == Activation::kIdentity;
+    const std::array<bool, 4> computed{needed[kInput], needed[kResidual] && !pass_on,
+                                       needed[kWeight], needed[kBias]};
+    const auto [dx, dresidual, dweight, dbias] = ops::backward(
+        grad_outputs[0], saved[kInput], optional(saved[kResidual]), optional(saved[kWeight]),
+        optional(saved[kBias]), saved[4], saved[5], optional(saved[6]), s.training,
+        s.activation_name, s.activation_param, computed);
+    if (computed[kInput]) gradients[kInput] = dx;
+    if (needed[kResidual]) gradients[kResidual] = pass_on ? grad_outputs[0] : dresidual;
+    if (computed[kWeight]) gradients[kWeight] = dweight;
+    if (computed[kBias]) gradients[kBias] = dbias;
+    return gradients;
+  }
+};
+
+// As torch does: nothing to normalise, nothing learned; the batch still counts.
+at::Tensor empty_batch(const at::Tensor& input, const OptionalTensor& residual,
+                       const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& counter) {
+  at::Tensor output = input.clone();
+  if (residual) output = output + *residual;
+  // Scalars, so that the dtype stays, and a gradient of zero reaches the parameters.
+  if (weight && weight->numel() > 0) output = output * weight->reshape(-1)[0];
+  if (bias && bias->numel() > 0) output = output + bias->reshape(-1)[0];
+  if (counter) counter->add_(1);
+  return output;
+}
+
+void mark_written(const OptionalTensor& buffer) {
+  if (buffer && !buffer->is_inference()) buffer->unsafeGetTensorImpl()->bump_version();
+}
+
+void check_backend(const at::Tensor& input) {
+  const auto device = input.device().type();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      device == at::kCPU || device == at::kMeta,
+      "this build of batchnorm_ext has kernels for the CPU only, but input is on ",
+      input.device(), ". `python -m batchnorm_ext` tells what a build has; "
+      "batchnorm_ext.revert_batchnorm(model) gives back torch's own modules.");
+}
+
+void check_call(const at::Tensor& input, const OptionalTensor& running_mean,
+                const OptionalTensor& running_var, bool training, double eps) {
+  check_rank(input);
+  check_backend(input);
+  if (training) {
+    TORCH_CHECK_VALUE(
+        input.sym_numel() != input.sym_size(1),
+        "Expected more than 1 value per channel when training, got input size torch.Size(",
+        input.sym_sizes(), ")");
+  }
+  check_both_or_neither(running_mean.has_value(), running_var.has_value());
+  TORCH_CHECK(training || running_mean.has_value(),
+              "running_mean must be defined in evaluation mode");
+  check_eps(eps, training);
+}
+
+bool needs_graph(const at::Tensor& input, const OptionalTensor& residual,
+                 const OptionalTensor& weight, const OptionalTensor& bias) {
+  const auto wants = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+  return at::GradMode::is_enabled() &&
+         (input.requires_grad() || wants(residual) || wants(weight) || wants(bias));
+}
+
+at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
+                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& num_batches_tracked, bool training,
+                      std::optional<double> momentum, double eps, c10::string_view activation,
+                      double activation_param) {
+  check_call(input, running_mean, running_var, training, eps);
+  if (input.sym_numel() == 0) {
+    return empty_batch(input, residual, weight, bias, num_batches_tracked);
+  }
+  at::Tensor output;
+  if (needs_graph(input, residual, weight, bias)) {
+    auto settings = c10::make_intrusive<Settings>();
+    settings->training = training;
+    settings->momentum = momentum;
+    settings->eps = eps;
+    settings->activation_name = std::string(activation);
+    settings->activation = activation_of(settings->activation_name);
+    settings->activation_param = activation_param;
+    output = BatchNormFunction::apply(input, residual, weight, bias, running_mean, running_var,
+                                      num_batches_tracked, settings);
+  } else {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (training) {
+      output = std::get<0>(ops::forward_train(input, residual, weight, bias, running_mean,
+                                              running_var, num_batches_tracked, momentum, eps,
+                                              activation, activation_param, false));
+    } else {
+      output = ops::forward_eval(input, residual, weight, bias, *running_mean, *running_var, eps,
+                                 activation, activation_param);
+    }
+  }
+  if (training) {
+    mark_written(running_mean);
+    mark_written(running_var);
+    mark_written(num_batches_tracked);
+  }
+  return output;
+}
+
+}  // namespace
+}  // namespace bindings
+}  // namespace batchnorm
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm", TORCH_FN(batchnorm::bindings::batch_norm));
+}

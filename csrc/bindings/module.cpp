@@ -1,0 +1,122 @@
+// The Python module: makes the operators loadable, tells how it was built, shows and forces plans.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings/planning.h"
+#include "cpu/batchnorm.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace batchnorm {
+namespace bindings {
+namespace {
+
+using cpu::Capability;
+
+constexpr const char* kSchemeNames[] = {"columns", "planes", "expanded"};
+constexpr const char* kLayoutNames[] = {"channels_first", "channels_last"};
+constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16"};
+constexpr const char* kPassNames[] = {"forward", "backward", "eval"};
+
+template <std::size_t kCount>
+int index_of(const std::string& name, const char* const (&names)[kCount], const char* what) {
+  std::string known;
+  for (std::size_t i = 0; i < kCount; ++i) {
+    if (name == names[i]) return static_cast<int>(i);
+    known += std::string(i ? ", " : "") + names[i];
+  }
+  throw py::value_error(std::string(what) + " should be one of " + known + ", but got '" + name +
+                        "'");
+}
+
+py::dict build_info() {
+  std::vector<std::string> built;
+  for (int i = 0; i < 3; ++i) {
+    if (cpu::is_built(static_cast<Capability>(i))) built.push_back(cpu::kCapabilityNames[i]);
+  }
+  py::dict info;
+  info["version"] = BATCHNORM_EXT_VERSION;
+  info["torch_version"] = BATCHNORM_EXT_TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cpp_standard"] = static_cast<int>(__cplusplus / 100 % 100);
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda"] = false;
+  info["cpu_capabilities_built"] = built;
+  return info;
+}
+
+std::string cpu_capability() {
+  return cpu::kCapabilityNames[static_cast<int>(cpu::capability())];
+}
+
+void set_cpu_capability(const std::string& name) {
+  const int index = index_of(name, cpu::kCapabilityNames, "the CPU capability");
+  if (!cpu::set_capability(static_cast<Capability>(index))) {
+    throw std::runtime_error("this processor doesn't offer '" + name + "'");
+  }
+}
+
+py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t n, std::int64_t c,
+              std::int64_t s, int threads, const std::string& op, bool masked) {
+  if (n < 0 || c < 1 || s < 0 || threads < 1) {
+    throw py::value_error("n and s should be at least 0, c and threads at least 1");
+  }
+  const Problem problem{static_cast<Layout>(index_of(layout, kLayoutNames, "layout")),
+                        static_cast<DType>(index_of(dtype, kDTypeNames, "dtype")), n, c, s};
+  const Pass pass = static_cast<Pass>(index_of(op, kPassNames, "op"));
+  const CpuPlan plan =
+      plan_cpu(problem, pass, masked, threads, cpu::cache_sizes(), plan_override());
+  py::dict result;
+  result["scheme"] = kSchemeNames[static_cast<int>(plan.scheme)];
+  result["cooperative"] = plan.cooperative;
+  result["stream"] = plan.stream;
+  result["threads"] = plan.threads;
+  result["unit_channels"] = plan.unit_channels;
+  result["fold"] = plan.fold;
+  result["width"] = plan.width;
+  return result;
+}
+
+void force_plan(const std::optional<std::string>& scheme, std::optional<bool> cooperative,
+                std::optional<bool> stream, std::optional<int> threads,
+                std::optional<std::int64_t> unit_channels, std::optional<std::int64_t> fold) {
+  PlanOverride forced;
+  if (scheme) forced.scheme = index_of(*scheme, kSchemeNames, "scheme");
+  if (cooperative) forced.cooperative = *cooperative;
+  if (stream) forced.stream = *stream;
+  if (threads) forced.threads = *threads;
+  if (unit_channels) forced.unit_channels = *unit_channels;
+  if (fold) forced.fold = *fold;
+  plan_override() = forced;
+}
+
+}  // namespace
+}  // namespace bindings
+}  // namespace batchnorm
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace batchnorm::bindings;
+  m.doc() = "batchnorm_ext's compiled part; importing it registers torch.ops.batchnorm_ext";
+  m.def("build_info", &build_info, "How this library was built.");
+  m.def("cpu_capability", &cpu_capability, "The instruction set that CPU kernels use.");
+  m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"),
+        "Use another one; RuntimeError where the processor lacks it.");
+  m.def("plan", &plan, py::arg("layout"), py::arg("dtype"), py::arg("n"), py::arg("c"),
+        py::arg("s"), py::arg("threads"), py::arg("op"), py::arg("masked") = false,
+        "How a CPU call would be cut into work (core/plan.h).");
+  m.def("force_plan", &force_plan, py::kw_only(), py::arg("scheme") = py::none(),
+        py::arg("cooperative") = py::none(), py::arg("stream") = py::none(),
+        py::arg("threads") = py::none(), py::arg("unit_channels") = py::none(),
+        py::arg("fold") = py::none(),
+        "Prescribe fields of all plans from now on; without arguments, none.");
+}

@@ -1,0 +1,37 @@
+// The operators as C++ functions that go through the dispatcher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace batchnorm {
+namespace bindings {
+namespace ops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                          const OptionalTensor& num_batches_tracked,
+                          std::optional<double> momentum, double eps, c10::string_view activation,
+                          double activation_param, bool save_mask);
+
+at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
+                        const OptionalTensor& weight, const OptionalTensor& bias,
+                        const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+                        c10::string_view activation, double activation_param);
+
+FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
+                     const OptionalTensor& residual, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
+                     const OptionalTensor& mask, bool training, c10::string_view activation,
+                     double activation_param, std::array<bool, 4> output_mask);
+
+}  // namespace ops
+}  // namespace bindings
+}  // namespace batchnorm

@@ -1,0 +1,13 @@
+// Plans for the machine at hand, with what tests prescribe.
+#pragma once
+
+#include "core/plan.h"
+
+namespace batchnorm {
+namespace bindings {
+
+CpuPlan plan_here(const Problem& problem, Pass pass, bool masked);
+PlanOverride& plan_override();
+
+}  // namespace bindings
+}  // namespace batchnorm

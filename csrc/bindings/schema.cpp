@@ -1,0 +1,26 @@
+// Every operator's schema: the one page where an argument is added (then in ops.py's fakes).
+#include <torch/library.h>
+
+TORCH_LIBRARY(batchnorm_ext, m) {
+  // What callers use: differentiable, made of the three below.
+  m.def(
+      "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "bool training, float? momentum, float eps, str activation, float activation_param) "
+      "-> Tensor");
+  // y, mean float64 (C,), invstd float64 (C,), mask uint8 (core/types.h; empty unless save_mask).
+  m.def(
+      "forward_train(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "float? momentum, float eps, str activation, float activation_param, bool save_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "forward_eval(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor running_mean, Tensor running_var, float eps, str activation, "
+      "float activation_param) -> Tensor");
+  // Gradients of input, residual, weight, bias; those that output_mask leaves out are empty.
+  m.def(
+      "backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor invstd, Tensor? mask, bool training, str activation, "
+      "float activation_param, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,127 @@
+#include "core/plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace batchnorm {
+namespace {
+
+// Waking a second thread takes about 2 us, the time in which one thread does 32 K elements.
+constexpr std::int64_t kElementsPerThread = 32 * 1024;
+// Rows this long make every cache set useful, whatever the stride, and keep prefetchers streaming.
+constexpr std::int64_t kRowBytes = 4096;
+// A narrower group of columns than this wastes what memory transfers beside it.
+constexpr std::int64_t kGroupBytes = 256;
+// Columns whose double-precision sums stay in the second-level cache beside the data.
+constexpr std::int64_t kMaxColumns = 4096;
+// Fewer columns than this leave the vector kernels' blocks unfilled.
+constexpr std::int64_t kMinColumns = 64;
+// Planes up to this size are reduced as columns over n, given rows enough to pay for the
+// combination of the columns.
+constexpr std::int64_t kMaxExpandedPlane = 512;
+constexpr std::int64_t kMinExpandedRows = 8;
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+struct Planner {
+  const Problem& p;
+  const CacheSizes& caches;
+  int threads;
+  bool masked;
+  std::int64_t channel_bytes;  // of all tensors that a reduction reads
+
+  // Half of a cache is what its contents can count on.
+  std::int64_t l2_budget() const { return caches.l2 / 2; }
+  std::int64_t l3_budget() const { return caches.l3 / 2; }
+  std::int64_t element() const { return size_of(p.dtype); }
+
+  std::int64_t fold() const {
+    if (masked || p.c >= kMinColumns) return 1;
+    const std::int64_t whole_vectors = 16 / std::gcd(std::int64_t{16}, p.c);
+    const std::int64_t rows = whole_vectors * divide_up(kMinColumns, p.c * whole_vectors);
+    return rows <= p.n * p.s ? rows : 1;
+  }
+
+  bool balanced(std::int64_t units) const {
+    return units % threads == 0 || units >= 4 * threads;
+  }
+
+  CpuPlan columns() const {
+    CpuPlan plan{Scheme::kColumns, true, false, threads, p.c, fold(), 0};
+    if (plan.fold > 1) return plan;
+    const std::int64_t per_thread = round_up(divide_up(p.c, threads), kMinColumns);
+    const std::int64_t wide = std::max(kMinColumns, kRowBytes / element());
+    const bool all_in_l2 = channel_bytes * p.c <= l2_budget() * threads;
+    if (all_in_l2 && per_thread <= kMaxColumns && p.c >= kMinColumns * threads) {
+      plan.cooperative = threads == 1;
+      plan.unit_channels = per_thread;
+    } else if (channel_bytes * wide <= l2_budget() && p.c >= wide * threads) {
+      plan.cooperative = false;
+      plan.unit_channels = wide;
+    } else {
+      // As many columns as the last-level cache keeps for the second pass; all of them where that
+      // would be too narrow a group.
+      const std::int64_t step = kGroupBytes / element();
+      const std::int64_t kept = l3_budget() / std::max<std::int64_t>(channel_bytes, 1);
+      plan.unit_channels = kept < step ? p.c : std::min(p.c, kept / step * step);
+    }
+    plan.unit_channels = std::min({plan.unit_channels, kMaxColumns, p.c});
+    return plan;
+  }
+
+  CpuPlan planes() const {
+    const std::int64_t width = std::min(p.s, p.n * p.s >= 4096 ? std::int64_t{64} : 16);
+    CpuPlan plan{Scheme::kPlanes, false, false, threads, 1, 1, width};
+    if (!masked && p.s <= kMaxExpandedPlane && p.n >= kMinExpandedRows) {
+      plan.scheme = Scheme::kExpanded;
+      const std::int64_t wanted = round_up(divide_up(kRowBytes, p.s * element()), 8);
+      const std::int64_t most = std::max<std::int64_t>(kMaxColumns / p.s, 1);
+      plan.unit_channels = std::min({wanted, most, divide_up(p.c, threads)});
+    }
+    const bool kept = channel_bytes * plan.unit_channels * threads <= l3_budget();
+    if (kept && balanced(divide_up(p.c, plan.unit_channels))) return plan;
+    plan.cooperative = true;
+    if (plan.scheme == Scheme::kPlanes) {
+      plan.unit_channels = std::clamp(l3_budget() / channel_bytes, std::int64_t{1}, p.c);
+    }
+    return plan;
+  }
+};
+
+void apply(const PlanOverride& forced, const Problem& p, bool masked, CpuPlan* plan) {
+  if (forced.scheme >= 0 && p.layout == Layout::kChannelsFirst && !masked) {
+    plan->scheme = forced.scheme == static_cast<int>(Scheme::kExpanded) ? Scheme::kExpanded
+                                                                        : Scheme::kPlanes;
+  }
+  if (forced.cooperative >= 0) plan->cooperative = forced.cooperative != 0;
+  if (forced.stream >= 0) plan->stream = forced.stream != 0;
+  if (forced.unit_channels > 0) {
+    // Groups of 8 columns own whole bytes of the mask.
+    const std::int64_t wanted = masked ? round_up(forced.unit_channels, 8) : forced.unit_channels;
+    plan->unit_channels = std::min(wanted, p.c);
+  }
+  if (forced.fold > 0 && p.layout == Layout::kChannelsLast && !masked) {
+    plan->fold = std::min(forced.fold, p.n * p.s);
+  }
+  if (plan->fold > 1) plan->unit_channels = p.c;  // a folded row holds all channels
+}
+
+}  // namespace
+
+CpuPlan plan_cpu(const Problem& problem, Pass pass, bool masked, int threads,
+                 const CacheSizes& caches, const PlanOverride& forced) {
+  const std::int64_t useful = divide_up(problem.numel(), kElementsPerThread);
+  const int used = forced.threads > 0
+                       ? forced.threads
+                       : static_cast<int>(std::clamp<std::int64_t>(useful, 1, threads));
+  const std::int64_t reads = pass == Pass::kBackward ? 2 : 1;
+  const std::int64_t channel_bytes = problem.per_channel() * size_of(problem.dtype) * reads;
+  const Planner planner{problem, caches, used, masked, channel_bytes};
+  CpuPlan plan = problem.layout == Layout::kChannelsLast ? planner.columns() : planner.planes();
+  plan.stream = problem.numel() * size_of(problem.dtype) > caches.l3;
+  apply(forced, problem, masked, &plan);
+  return plan;
+}
+
+}  // namespace batchnorm

@@ -1,0 +1,69 @@
+// What a batch-norm call is, in plain terms: dtypes, memory layout and sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm {
+
+enum class DType : std::uint8_t { kFloat, kDouble, kBFloat16, kHalf };
+
+// Storage of the 16-bit types; the kernels convert in registers.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Half {
+  std::uint16_t bits;
+};
+
+// The type in which a stored value is computed with.
+template <typename T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulate = typename AccumulateOf<T>::type;
+
+// kChannelsFirst: [n, c, s], s contiguous.  kChannelsLast: [n * s, c], c contiguous.
+enum class Layout : std::uint8_t { kChannelsFirst, kChannelsLast };
+
+struct Problem {
+  Layout layout;
+  DType dtype;
+  std::int64_t n, c, s;  // batch, channels, product of the spatial sizes
+
+  std::int64_t per_channel() const { return n * s; }
+  std::int64_t numel() const { return n * c * s; }
+};
+
+inline int size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat:
+      return 4;
+    case DType::kDouble:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+// The 1-bit mask is a matrix of rows padded to whole bytes, so that no two threads share a byte:
+// a row is a plane (channels-first) or a row of channels (channels-last).
+inline std::int64_t mask_rows(const Problem& p) {
+  return p.layout == Layout::kChannelsFirst ? p.n * p.c : p.n * p.s;
+}
+inline std::int64_t mask_row_bytes(const Problem& p) {
+  return ((p.layout == Layout::kChannelsFirst ? p.s : p.c) + 7) / 8;
+}
+
+// Per-channel values (weight, bias, running statistics) keep their own dtype and stride.
+struct ChannelValues {
+  void* data;  // [c], or null where the caller gave none
+  DType dtype;
+  std::int64_t stride;  // in elements
+};
+
+}  // namespace batchnorm

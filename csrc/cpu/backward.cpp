@@ -1,0 +1,175 @@
+// The backward pass: two sums per channel, then the gradients.
+#include "cpu/units.h"
+
+namespace batchnorm {
+namespace cpu {
+namespace {
+
+struct GradientSums {
+  double dz = 0;           // sum(dz)
+  double dz_centered = 0;  // sum(dz * (x - center))
+};
+
+template <typename T>
+class BackwardOperation {
+ public:
+  using K = Kernels<T>;
+  using A = typename K::A;
+
+  BackwardOperation(const Backward& a, const CpuPlan& plan)
+      : a_(a),
+        plan_(plan),
+        partials_(plan, a.problem.c),
+        affine_(a.problem.c),
+        input_terms_(static_cast<std::size_t>(2 * a.problem.c)),
+        slope_(input_terms_.data()),
+        offset_(slope_ + a.problem.c) {}
+
+  bool reduces() const {
+    return a_.dweight.data || a_.dbias.data || (a_.training && a_.dx);
+  }
+
+  void prepare(const Channels& channels) {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      affine_.set(c, a_.mean[c], a_.invstd[c], load_value(a_.weight, c, 1),
+                  load_value(a_.bias, c, 0));
+    }
+  }
+
+  void reduce(const Channels& unit, const Part& part) {
+    if (!reduces()) return;
+    const Geometry geometry(a_.problem, plan_);
+    for (std::int64_t c = unit.begin; c < unit.end;) {
+      const Channels g = geometry.group_at(c, unit);
+      const Strip body = geometry.body(g), tail = geometry.tail(g);
+      for (std::int64_t i = g.begin; i < g.end; ++i) partials_.at(part.index, i) = GradientSums{};
+      add_rows(geometry, g, body, geometry.body_mask(g), part.begin(body.rows()),
+               part.end(body.rows()), part);
+      const auto [tail_begin, tail_end] = geometry.tail_rows(body, tail, part);
+      add_rows(geometry, g, tail, geometry.tail_mask(g), tail_begin, tail_end, part);
+      c = g.end;
+    }
+  }
+
+  void finish(const Channels& channels) {
+    if (!reduces()) return;
+    const double n = static_cast<double>(a_.problem.per_channel());
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      GradientSums sums;
+      for (std::int64_t part = 0; part < partials_.parts(); ++part) {
+        sums.dz += partials_.at(part, c).dz;
+        sums.dz_centered += partials_.at(part, c).dz_centered;
+      }
+      const double invstd = a_.invstd[c];
+      const double lost = a_.mean[c] - static_cast<double>(affine_.center[c]);
+      const double dz_deviation = sums.dz_centered - lost * sums.dz;  // sum(dz * (x - mean))
+      store_value(a_.dbias, c, sums.dz);
+      store_value(a_.dweight, c, invstd * dz_deviation);
+      const double scale = load_value(a_.weight, c, 1) * invstd;
+      const double slope = -scale * invstd * invstd * dz_deviation / n;
+      slope_[c] = static_cast<A>(slope);
+      offset_[c] = static_cast<A>(-scale * sums.dz / n - lost * slope);
+    }
+  }
+
+  void apply(const Channels& unit, const Part& part) {
+    if (!a_.dx && !a_.dresidual) return;
+    const Geometry geometry(a_.problem, plan_);
+    const auto kernel = kernels<T>().backward[static_cast<int>(a_.activation)]
+                                             [geometry.planes() ? K::kShared : K::kPerColumn];
+    for (std::int64_t c = unit.begin; c < unit.end;) {
+      const Channels g = geometry.group_at(c, unit);
+      const std::int64_t cols = geometry.body(g).cols;
+      const BackwardParams<A> params{
+          forward_params(geometry, g, cols),
+          a_.training ? spread(slope_, geometry, g, cols, kSlope) : nullptr,
+          a_.training ? spread(offset_, geometry, g, cols, kOffset) : nullptr};
+      geometry.for_each_run(g, part, [&](const Run& run) {
+        kernel({at(a_.x, run.offset), at(a_.dy, run.offset), at(a_.residual, run.offset),
+                a_.mask ? a_.mask + run.mask : nullptr, at(a_.dx, run.offset),
+                at(a_.dresidual, run.offset), run.length, plan_.stream},
+               params);
+      });
+      c = g.end;
+    }
+  }
+
+ private:
+  static const T* at(const void* base, std::int64_t offset) {
+    return base ? static_cast<const T*>(base) + offset : nullptr;
+  }
+  static T* at(void* base, std::int64_t offset) {
+    return base ? static_cast<T*>(base) + offset : nullptr;
+  }
+
+  ForwardParams<A> forward_params(const Geometry& geometry, const Channels& g,
+                                  std::int64_t cols) const {
+    return {spread(affine_.center, geometry, g, cols, kCenter),
+            spread(affine_.scale, geometry, g, cols, kScale),
+            spread(affine_.shift, geometry, g, cols, kShift), static_cast<A>(a_.activation_param)};
+  }
+
+  // The sums' kernel always takes an entry per column.
+  ForwardParams<A> forward_params_per_column(const Geometry& geometry, const Channels& g,
+                                             std::int64_t cols) const {
+    ForwardParams<A> params = forward_params(geometry, g, cols);
+    if (!geometry.planes()) return params;
+    int slot = kCenter;
+    for (const A** values : {&params.center, &params.scale, &params.shift}) {
+      A* const copies = scratch<A>(slot++, cols);
+      std::fill_n(copies, cols, **values);
+      *values = copies;
+    }
+    return params;
+  }
+
+  void add_rows(const Geometry& geometry, const Channels& g, const Strip& strip,
+                const MaskStrip& mask, std::int64_t begin, std::int64_t end, const Part& part) {
+    if (begin >= end) return;
+    double* const sum = scratch<double>(kFirstSum, strip.cols);
+    double* const dot = scratch<double>(kSecondSum, strip.cols);
+    std::fill_n(sum, strip.cols, 0.0);
+    std::fill_n(dot, strip.cols, 0.0);
+    const ForwardParams<A> params = forward_params_per_column(geometry, g, strip.cols);
+    const auto kernel = kernels<T>().backward_sums[static_cast<int>(a_.activation)];
+    BackwardRows<T> rows;
+    rows.has_residual = a_.residual != nullptr;
+    rows.has_mask = a_.mask != nullptr;
+    for_each_chunk(strip, mask, begin, end, [&](const Chunk& chunk) {
+      for (int i = 0; i < chunk.count; ++i) {
+        rows.x[i] = at(a_.x, chunk.offset[i]);
+        rows.dy[i] = at(a_.dy, chunk.offset[i]);
+        rows.residual[i] = at(a_.residual, chunk.offset[i]);
+        if (a_.mask) rows.mask[i] = a_.mask + chunk.mask[i];
+      }
+      kernel(rows, chunk.count, strip.cols, params, sum, dot);
+    });
+    for (std::int64_t c = 0; c < g.count(); ++c) {
+      const auto columns = geometry.columns_of(c, g, strip.cols);
+      GradientSums& total = partials_.at(part.index, g.begin + c);
+      for (std::int64_t j = 0; j < columns.count; ++j) {
+        total.dz += sum[columns.first + j * columns.step];
+        total.dz_centered += dot[columns.first + j * columns.step];
+      }
+    }
+  }
+
+  const Backward& a_;
+  const CpuPlan& plan_;
+  Partials<GradientSums> partials_;
+  AffineTable<T> affine_;
+  std::vector<A> input_terms_;
+  A *slope_, *offset_;
+};
+
+}  // namespace
+
+void backward(const Backward& a, const CpuPlan& plan, const ParallelFor& parallel_for) {
+  with_dtype(a.problem.dtype, [&](auto tag) {
+    BackwardOperation<decltype(tag)> operation(a, plan);
+    run_units(a.problem, plan, parallel_for, operation);
+  });
+}
+
+}  // namespace cpu
+}  // namespace batchnorm

@@ -1,0 +1,166 @@
+// Training and inference forward passes.
+#include <cmath>
+
+#include "cpu/units.h"
+
+namespace batchnorm {
+namespace cpu {
+namespace {
+
+// Writes y = act(z) for a part of a unit.
+template <typename T, typename Arguments>
+void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
+                   const AffineTable<T>& affine, const Channels& unit, const Part& part) {
+  using K = Kernels<T>;
+  const Geometry geometry(a.problem, plan);
+  const auto kernel = kernels<T>().forward[static_cast<int>(a.activation)]
+                                          [geometry.planes() ? K::kShared : K::kPerColumn];
+  const T* const x = static_cast<const T*>(a.x);
+  const T* const residual = static_cast<const T*>(a.residual);
+  T* const y = static_cast<T*>(a.y);
+  for (std::int64_t c = unit.begin; c < unit.end;) {
+    const Channels g = geometry.group_at(c, unit);
+    const std::int64_t cols = geometry.body(g).cols;
+    const ForwardParams<typename K::A> params{
+        spread(affine.center, geometry, g, cols, kCenter), spread(affine.scale, geometry, g, cols, kScale),
+        spread(affine.shift, geometry, g, cols, kShift),
+        static_cast<typename K::A>(a.activation_param)};
+    geometry.for_each_run(g, part, [&](const Run& run) {
+      kernel({x + run.offset, residual ? residual + run.offset : nullptr, y + run.offset,
+              mask ? mask + run.mask : nullptr, run.length, plan.stream},
+             params);
+    });
+    c = g.end;
+  }
+}
+
+template <typename T>
+class TrainOperation {
+ public:
+  TrainOperation(const ForwardTrain& a, const CpuPlan& plan)
+      : a_(a), plan_(plan), partials_(plan, a.problem.c), affine_(a.problem.c) {
+    momentum_ = a.momentum;
+    if (a.num_batches_tracked) {
+      const std::int64_t batches = ++*a.num_batches_tracked;
+      if (a.cumulative_average) momentum_ = 1.0 / static_cast<double>(batches);
+    }
+  }
+
+  bool reduces() const { return true; }
+  void prepare(const Channels&) {}
+
+  void reduce(const Channels& unit, const Part& part) {
+    const Geometry geometry(a_.problem, plan_);
+    for (std::int64_t c = unit.begin; c < unit.end;) {
+      const Channels g = geometry.group_at(c, unit);
+      const Strip body = geometry.body(g), tail = geometry.tail(g);
+      for (std::int64_t i = g.begin; i < g.end; ++i) partials_.at(part.index, i) = Moments{};
+      add_rows(geometry, g, body, part.begin(body.rows()), part.end(body.rows()), part);
+      const auto [tail_begin, tail_end] = geometry.tail_rows(body, tail, part);
+      add_rows(geometry, g, tail, tail_begin, tail_end, part);
+      c = g.end;
+    }
+  }
+
+  void finish(const Channels& channels) {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      Moments m;
+      for (std::int64_t part = 0; part < partials_.parts(); ++part) {
+        m = combine(m, partials_.at(part, c));
+      }
+      const double variance = m.m2 / m.count;
+      const double invstd = 1 / std::sqrt(variance + a_.eps);
+      a_.mean[c] = m.mean;
+      a_.invstd[c] = invstd;
+      affine_.set(c, m.mean, invstd, load_value(a_.weight, c, 1), load_value(a_.bias, c, 0));
+      update(a_.running_mean, c, m.mean);
+      update(a_.running_var, c, m.m2 / (m.count - 1));
+    }
+  }
+
+  void apply(const Channels& unit, const Part& part) {
+    write_forward<T>(a_, a_.mask, plan_, affine_, unit, part);
+  }
+
+ private:
+  void update(const ChannelValues& running, std::int64_t c, double batch) const {
+    if (!running.data) return;
+    store_value(running, c, (1 - momentum_) * load_value(running, c, 0) + momentum_ * batch);
+  }
+
+  void add_rows(const Geometry& geometry, const Channels& g, const Strip& strip,
+                std::int64_t begin, std::int64_t end, const Part& part) {
+    if (begin >= end) return;
+    double* const mean = scratch<double>(kFirstSum, strip.cols);
+    double* const m2 = scratch<double>(kSecondSum, strip.cols);
+    std::fill_n(mean, strip.cols, 0.0);
+    std::fill_n(m2, strip.cols, 0.0);
+    const T* const x = static_cast<const T*>(a_.x);
+    const auto kernel = kernels<T>().moments;
+    double rows = 0;
+    for_each_chunk(strip, MaskStrip{}, begin, end, [&](const Chunk& chunk) {
+      const T* pointers[kChunkRows];
+      for (int i = 0; i < chunk.count; ++i) pointers[i] = x + chunk.offset[i];
+      kernel(pointers, chunk.count, strip.cols, rows, mean, m2);
+      rows += chunk.count;
+    });
+    for (std::int64_t c = 0; c < g.count(); ++c) {
+      const auto columns = geometry.columns_of(c, g, strip.cols);
+      if (columns.count == 0) continue;
+      Moments& total = partials_.at(part.index, g.begin + c);
+      total = combine(total, combine_equal(mean + columns.first, m2 + columns.first, columns.count,
+                                           columns.step, rows));
+    }
+  }
+
+  const ForwardTrain& a_;
+  const CpuPlan& plan_;
+  Partials<Moments> partials_;
+  AffineTable<T> affine_;
+  double momentum_;
+};
+
+template <typename T>
+class EvalOperation {
+ public:
+  EvalOperation(const ForwardEval& a, const CpuPlan& plan)
+      : a_(a), plan_(plan), affine_(a.problem.c) {}
+
+  bool reduces() const { return false; }
+  void prepare(const Channels&) {}
+  void reduce(const Channels&, const Part&) {}
+  void finish(const Channels& channels) {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      const double invstd = 1 / std::sqrt(load_value(a_.running_var, c, 1) + a_.eps);
+      affine_.set(c, load_value(a_.running_mean, c, 0), invstd, load_value(a_.weight, c, 1),
+                  load_value(a_.bias, c, 0));
+    }
+  }
+  void apply(const Channels& unit, const Part& part) {
+    write_forward<T>(a_, nullptr, plan_, affine_, unit, part);
+  }
+
+ private:
+  const ForwardEval& a_;
+  const CpuPlan& plan_;
+  AffineTable<T> affine_;
+};
+
+}  // namespace
+
+void forward_train(const ForwardTrain& a, const CpuPlan& plan, const ParallelFor& parallel_for) {
+  with_dtype(a.problem.dtype, [&](auto tag) {
+    TrainOperation<decltype(tag)> operation(a, plan);
+    run_units(a.problem, plan, parallel_for, operation);
+  });
+}
+
+void forward_eval(const ForwardEval& a, const CpuPlan& plan, const ParallelFor& parallel_for) {
+  with_dtype(a.problem.dtype, [&](auto tag) {
+    EvalOperation<decltype(tag)> operation(a, plan);
+    run_units(a.problem, plan, parallel_for, operation);
+  });
+}
+
+}  // namespace cpu
+}  // namespace batchnorm

@@ -1,0 +1,102 @@
+// The vector kernels' interface: one table per storage dtype and instruction set.
+//
+// Everything above them (cpu/passes.h) is ordinary code that decides which rows a kernel sees.
+#pragma once
+
+#include <cstdint>
+
+#include "core/activation.h"
+#include "core/types.h"
+
+namespace batchnorm {
+namespace cpu {
+
+// Rows that one call of a reduction may take: float32 partial sums stay this short.
+constexpr int kChunkRows = 64;
+
+// z = (x - center) * scale + shift [+ residual]. center is the mean rounded to the accumulate
+// type and shift carries what the rounding lost, so x - center loses nothing.
+// Arrays have one entry per column, or a single one where all columns share a channel.
+template <typename A>
+struct ForwardParams {
+  const A* center;
+  const A* scale;
+  const A* shift;
+  A activation_param;
+};
+
+// dx = scale * dz + (x - center) * slope + offset; slope and offset are null in eval mode.
+template <typename A>
+struct BackwardParams {
+  ForwardParams<A> forward;
+  const A* slope;
+  const A* offset;
+};
+
+// A contiguous run of elements.
+template <typename T>
+struct ForwardSpan {
+  const T* x;
+  const T* residual;   // or null
+  T* y;
+  std::uint8_t* mask;  // or null; bit i % 8 of byte i / 8 belongs to element i
+  std::int64_t length;
+  bool stream;         // store past the caches
+};
+
+template <typename T>
+struct BackwardSpan {
+  const T* x;
+  const T* dy;
+  const T* residual;         // or null
+  const std::uint8_t* mask;  // or null: recompute z
+  T* dx;                     // or null
+  T* dresidual;              // or null
+  std::int64_t length;
+  bool stream;
+};
+
+// The same columns of several rows.
+template <typename T>
+struct BackwardRows {
+  const T* x[kChunkRows];
+  const T* dy[kChunkRows];
+  const T* residual[kChunkRows];
+  const std::uint8_t* mask[kChunkRows];
+  bool has_residual;
+  bool has_mask;
+};
+
+template <typename T>
+struct Kernels {
+  using A = Accumulate<T>;
+  enum Params { kShared = 0, kPerColumn = 1 };
+
+  // Adds rows[0..count) to the moments of each column; before = rows that mean and m2 hold.
+  void (*moments)(const T* const* rows, int count, std::int64_t cols, double before, double* mean,
+                  double* m2);
+  void (*forward[kActivations][2])(const ForwardSpan<T>&, const ForwardParams<A>&);
+  // Adds sum(dz) and sum(dz * (x - center)) of each column; per-column params.
+  void (*backward_sums[kActivations])(const BackwardRows<T>&, int count, std::int64_t cols,
+                                      const ForwardParams<A>&, double* sum, double* dot);
+  void (*backward[kActivations][2])(const BackwardSpan<T>&, const BackwardParams<A>&);
+};
+
+enum class Capability : std::uint8_t { kPortable, kAvx2, kAvx512 };
+
+constexpr const char* kCapabilityNames[] = {"portable", "avx2", "avx512"};
+
+// Built in for this processor family, and offered by the processor at hand.
+bool is_built(Capability);
+bool is_available(Capability);
+
+// The best available one unless set; set_capability returns false where it is not available.
+Capability capability();
+bool set_capability(Capability);
+
+// The table for capability().
+template <typename T>
+const Kernels<T>& kernels();
+
+}  // namespace cpu
+}  // namespace batchnorm

@@ -1,0 +1,20 @@
+// The kernels for AVX512; used where the processor has it (cpu/capability.cpp).
+#include "cpu/simd/tables.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#define BATCHNORM_NATIVE_BYTES 64
+
+namespace batchnorm {
+namespace cpu {
+namespace avx512 {
+#include "cpu/simd/kernels.inc.h"
+}  // namespace avx512
+}  // namespace cpu
+}  // namespace batchnorm
+
+#pragma GCC pop_options
+#endif

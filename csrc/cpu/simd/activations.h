@@ -1,0 +1,221 @@
+// The activations on vectors: value, and derivative with respect to z.
+//
+// Included like vec.h. The smooth ones' elementary functions are accurate to a few ulp of the
+// accumulate type; NaN goes through all of them. Formulas are those of torch.nn.functional.
+
+// exp(x): x = k ln2 + r, Taylor series of degree 7 on |r| <= ln2 / 2 (remainder 5e-9).
+BN_INLINE Vec<float> exp(const Vec<float>& x) {
+  const Vec<float> low = set1(-87.33654f), high = set1(88.72283f);
+  const Vec<float> clamped = select(x < low, low, select(x > high, high, x));
+  const Vec<float> magic = set1(12582912.0f);  // 1.5 * 2^23: its sum with k has k in the low bits
+  // Half of 2^k twice, since k = 128 has no float of its own.
+  const Vec<float> shifted = fma(clamped, set1(1.44269504f), magic);
+  const Vec<float> k = shifted - magic;
+  Vec<float> r = fma(k, set1(-0.693359375f), clamped);
+  r = fma(k, set1(2.12194440e-4f), r);
+  Vec<float> p = set1(1.0f / 5040);
+  p = fma(p, r, set1(1.0f / 720));
+  p = fma(p, r, set1(1.0f / 120));
+  p = fma(p, r, set1(1.0f / 24));
+  p = fma(p, r, set1(1.0f / 6));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  Vec<float> y;
+  for (int i = 0; i < kParts; ++i) {
+    const NativeInt32 exponent = (NativeInt32)shifted.part[i] - 0x4b400000;
+    const NativeInt32 half = exponent >> 1;
+    const NativeFloat a = (NativeFloat)((half + 127) << 23);
+    const NativeFloat b = (NativeFloat)((exponent - half + 127) << 23);
+    y.part[i] = p.part[i] * a * b;
+  }
+  return y;
+}
+
+// exp(x) - 1 for x <= 0: Taylor series of degree 8 where the difference would cancel.
+BN_INLINE Vec<float> expm1_negative(const Vec<float>& x) {
+  Vec<float> p = set1(1.0f / 40320);
+  p = fma(p, x, set1(1.0f / 5040));
+  p = fma(p, x, set1(1.0f / 720));
+  p = fma(p, x, set1(1.0f / 120));
+  p = fma(p, x, set1(1.0f / 24));
+  p = fma(p, x, set1(1.0f / 6));
+  p = fma(p, x, set1(0.5f));
+  p = fma(p * x, x, x);
+  return select(x > set1(-0.5f), p, exp(x) - set1(1.0f));
+}
+
+// The standard normal distribution function. erfc(u) = t exp(-u^2) P(t), t = 1 / (1 + 0.375 u),
+// the form of Abramowitz & Stegun 7.1.26; P fitted for least relative error (1.4e-8, u <= 9.5).
+BN_INLINE Vec<float> normal_cdf(const Vec<float>& z) {
+  const Vec<float> zero = set1(0.0f);
+  const Vec<float> magnitude = select(z < zero, zero - z, z);
+  const Vec<float> u = magnitude * set1(0.70710678f);
+  const Vec<float> t = set1(1.0f) / fma(u, set1(0.375f), set1(1.0f));
+  Vec<float> p = set1(0.061990687f);
+  p = fma(p, t, set1(-0.289530914f));
+  p = fma(p, t, set1(0.436961532f));
+  p = fma(p, t, set1(-0.234664192f));
+  p = fma(p, t, set1(0.277384550f));
+  p = fma(p, t, set1(0.119926402f));
+  p = fma(p, t, set1(0.205724043f));
+  p = fma(p, t, set1(0.210590888f));
+  p = fma(p, t, set1(0.211617015f));
+  const Vec<float> tail = set1(0.5f) * t * p * exp(z * z * set1(-0.5f));
+  return select(z > zero, set1(1.0f) - tail, tail);
+}
+
+// Double precision is for checks and small problems: the C library, lane by lane.
+#define BN_LANEWISE(NAME, EXPRESSION)                       \
+  BN_INLINE Vec<double> NAME(const Vec<double>& x) {        \
+    Vec<double> y;                                          \
+    for (int i = 0; i < kParts; ++i) {                      \
+      for (int k = 0; k < kLanesPerPart<double>; ++k) {     \
+        const double v = x.part[i][k];                      \
+        y.part[i][k] = EXPRESSION;                          \
+      }                                                     \
+    }                                                       \
+    return y;                                               \
+  }
+BN_LANEWISE(exp, __builtin_exp(v))
+BN_LANEWISE(expm1_negative, __builtin_expm1(v))
+BN_LANEWISE(normal_cdf, 0.5 * __builtin_erfc(v * -0.70710678118654752440))
+#undef BN_LANEWISE
+
+template <typename A>
+BN_INLINE Vec<A> sigmoid(const Vec<A>& z) {
+  return set1(A(1)) / (set1(A(1)) + exp(set1(A(0)) - z));
+}
+
+struct Identity {
+  static constexpr bool kPiecewiseLinear = false;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A) {
+    return z;
+  }
+};
+
+// Piecewise linear: keeps(z) says where the derivative is 1; elsewhere it is rest().
+struct Relu {
+  static constexpr bool kPiecewiseLinear = true;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A) {
+    return select(z <= set1(A(0)), set1(A(0)), z);
+  }
+  template <typename A>
+  BN_INLINE Lanes<A> drops(const Vec<A>& z) {
+    return z <= set1(A(0));
+  }
+  template <typename A>
+  BN_INLINE Vec<A> dropped(const Vec<A>&, A) {
+    return set1(A(0));
+  }
+};
+
+struct Relu6 {
+  static constexpr bool kPiecewiseLinear = true;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A) {
+    const Vec<A> low = select(z <= set1(A(0)), set1(A(0)), z);
+    return select(low >= set1(A(6)), set1(A(6)), low);
+  }
+  template <typename A>
+  BN_INLINE Lanes<A> drops(const Vec<A>& z) {
+    return (z <= set1(A(0))) | (z >= set1(A(6)));
+  }
+  template <typename A>
+  BN_INLINE Vec<A> dropped(const Vec<A>&, A) {
+    return set1(A(0));
+  }
+};
+
+struct LeakyRelu {
+  static constexpr bool kPiecewiseLinear = true;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A slope) {
+    return select(z > set1(A(0)), z, z * set1(slope));
+  }
+  template <typename A>
+  BN_INLINE Lanes<A> drops(const Vec<A>& z) {
+    return z <= set1(A(0));
+  }
+  template <typename A>
+  BN_INLINE Vec<A> dropped(const Vec<A>& dy, A slope) {
+    return dy * set1(slope);
+  }
+};
+
+struct Elu {
+  static constexpr bool kPiecewiseLinear = false;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A alpha) {
+    const Vec<A> negative = set1(alpha) * expm1_negative(select(z > set1(A(0)), set1(A(0)), z));
+    return select(z > set1(A(0)), z, negative);
+  }
+  template <typename A>
+  BN_INLINE Vec<A> derivative(const Vec<A>& z, A alpha) {
+    return select(z > set1(A(0)), set1(A(1)), set1(alpha) * exp(z));
+  }
+};
+
+struct Silu {
+  static constexpr bool kPiecewiseLinear = false;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A) {
+    return z / (set1(A(1)) + exp(set1(A(0)) - z));
+  }
+  template <typename A>
+  BN_INLINE Vec<A> derivative(const Vec<A>& z, A) {
+    const Vec<A> s = sigmoid(z);
+    return s * fma(z, set1(A(1)) - s, set1(A(1)));
+  }
+};
+
+struct Gelu {
+  static constexpr bool kPiecewiseLinear = false;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A) {
+    return z * normal_cdf(z);
+  }
+  template <typename A>
+  BN_INLINE Vec<A> derivative(const Vec<A>& z, A) {
+    const Vec<A> density = set1(A(0.39894228040143267794)) * exp(z * z * set1(A(-0.5)));
+    return fma(z, density, normal_cdf(z));
+  }
+};
+
+// 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3).
+struct GeluTanh {
+  static constexpr bool kPiecewiseLinear = false;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A) {
+    return z * sigmoid(twice_u(z));
+  }
+  template <typename A>
+  BN_INLINE Vec<A> derivative(const Vec<A>& z, A) {
+    const Vec<A> s = sigmoid(twice_u(z));
+    const Vec<A> slope = fma(z * z, set1(A(kTwiceRoot * 3 * 0.044715)), set1(A(kTwiceRoot)));
+    return fma(z * s * (set1(A(1)) - s), slope, s);
+  }
+
+ private:
+  static constexpr double kTwiceRoot = 1.59576912160573071176;  // 2 sqrt(2 / pi)
+  template <typename A>
+  BN_INLINE Vec<A> twice_u(const Vec<A>& z) {
+    return z * fma(z * z, set1(A(kTwiceRoot * 0.044715)), set1(A(kTwiceRoot)));
+  }
+};
+
+struct Hardswish {
+  static constexpr bool kPiecewiseLinear = false;
+  template <typename A>
+  BN_INLINE Vec<A> value(const Vec<A>& z, A) {
+    const Vec<A> low = select(z <= set1(A(-3)), set1(A(0)), z + set1(A(3)));
+    return z * select(low >= set1(A(6)), set1(A(6)), low) / set1(A(6));
+  }
+  template <typename A>
+  BN_INLINE Vec<A> derivative(const Vec<A>& z, A) {
+    const Vec<A> middle = z / set1(A(3)) + set1(A(0.5));
+    return select(z < set1(A(-3)), set1(A(0)), select(z > set1(A(3)), set1(A(1)), middle));
+  }
+};

@@ -1,0 +1,340 @@
+// 64 bytes of floats or doubles, in as many registers as the instruction set needs.
+//
+// Included once by each kernels_<isa>.cpp inside its namespace and its target region: no include
+// guard, no standard headers (an inline function of theirs compiled here would carry this
+// instruction set into the rest of the program). Every function is always inlined.
+
+#define BN_INLINE static inline __attribute__((always_inline))
+
+constexpr int kVectorBytes = 64;
+constexpr int kNativeBytes = BATCHNORM_NATIVE_BYTES;
+constexpr int kParts = kVectorBytes / kNativeBytes;
+
+typedef float NativeFloat __attribute__((vector_size(kNativeBytes)));
+typedef double NativeDouble __attribute__((vector_size(kNativeBytes)));
+typedef std::int32_t NativeInt32 __attribute__((vector_size(kNativeBytes)));
+typedef std::int64_t NativeInt64 __attribute__((vector_size(kNativeBytes)));
+typedef std::uint32_t NativeUint32 __attribute__((vector_size(kNativeBytes)));
+typedef std::uint16_t NativeUint16 __attribute__((vector_size(kNativeBytes / 2)));
+
+template <typename A>
+struct NativeOf;
+template <>
+struct NativeOf<float> {
+  using type = NativeFloat;
+  using integers = NativeInt32;
+  using integer = std::int32_t;
+};
+template <>
+struct NativeOf<double> {
+  using type = NativeDouble;
+  using integers = NativeInt64;
+  using integer = std::int64_t;
+};
+
+template <typename A>
+struct Vec {
+  typename NativeOf<A>::type part[kParts];
+};
+// A comparison's result: every bit of a lane set, or none.
+template <typename A>
+struct Lanes {
+  typename NativeOf<A>::integers part[kParts];
+};
+template <typename A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+template <typename A>
+constexpr int kLanesPerPart = kNativeBytes / static_cast<int>(sizeof(A));
+
+#define BN_OPERATOR(RESULT, OP)                                              \
+  template <typename A>                                                      \
+  BN_INLINE RESULT<A> operator OP(const Vec<A>& a, const Vec<A>& b) {        \
+    RESULT<A> r;                                                             \
+    for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] OP b.part[i];     \
+    return r;                                                                \
+  }
+BN_OPERATOR(Vec, +)
+BN_OPERATOR(Vec, -)
+BN_OPERATOR(Vec, *)
+BN_OPERATOR(Vec, /)
+BN_OPERATOR(Lanes, <=)
+BN_OPERATOR(Lanes, <)
+BN_OPERATOR(Lanes, >=)
+BN_OPERATOR(Lanes, >)
+BN_OPERATOR(Lanes, !=)
+#undef BN_OPERATOR
+
+template <typename A>
+BN_INLINE Lanes<A> operator|(const Lanes<A>& a, const Lanes<A>& b) {
+  Lanes<A> r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] | b.part[i];
+  return r;
+}
+
+template <typename A>
+BN_INLINE Vec<A> set1(A value) {
+  Vec<A> r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = value - typename NativeOf<A>::type{};
+  return r;
+}
+
+// a where the lane is set, else b.
+template <typename A>
+BN_INLINE Vec<A> select(const Lanes<A>& lanes, const Vec<A>& a, const Vec<A>& b) {
+  Vec<A> r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = lanes.part[i] ? a.part[i] : b.part[i];
+  return r;
+}
+
+// a * b + c: one rounding where the instruction set has it, two (never contracted) elsewhere.
+#if BATCHNORM_NATIVE_BYTES == 64
+BN_INLINE NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+BN_INLINE NativeDouble native_fma(NativeDouble a, NativeDouble b, NativeDouble c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+#elif BATCHNORM_NATIVE_BYTES == 32
+BN_INLINE NativeFloat native_fma(NativeFloat a, NativeFloat b, NativeFloat c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+BN_INLINE NativeDouble native_fma(NativeDouble a, NativeDouble b, NativeDouble c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#else
+template <typename N>
+BN_INLINE N native_fma(N a, N b, N c) {
+  return a * b + c;
+}
+#endif
+
+template <typename A>
+BN_INLINE Vec<A> fma(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c) {
+  Vec<A> r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = native_fma(a.part[i], b.part[i], c.part[i]);
+  return r;
+}
+
+// One bit per lane, lane 0 lowest.
+template <typename A>
+BN_INLINE unsigned to_bits(const Lanes<A>& lanes) {
+  unsigned bits = 0;
+  for (int i = 0; i < kParts; ++i) {
+    unsigned part = 0;
+#if BATCHNORM_NATIVE_BYTES == 64
+    part = sizeof(A) == 4 ? _mm512_movepi32_mask((__m512i)lanes.part[i])
+                          : _mm512_movepi64_mask((__m512i)lanes.part[i]);
+#elif BATCHNORM_NATIVE_BYTES == 32
+    part = static_cast<unsigned>(sizeof(A) == 4 ? _mm256_movemask_ps((__m256)lanes.part[i])
+                                                : _mm256_movemask_pd((__m256d)lanes.part[i]));
+#else
+    for (int k = 0; k < kLanesPerPart<A>; ++k) part |= (lanes.part[i][k] ? 1u : 0u) << k;
+#endif
+    bits |= part << (i * kLanesPerPart<A>);
+  }
+  return bits;
+}
+
+template <typename A>
+BN_INLINE Lanes<A> from_bits(unsigned bits) {
+  using Integers = typename NativeOf<A>::integers;
+  using Integer = typename NativeOf<A>::integer;
+  Integers bit_of_lane;
+  for (int k = 0; k < kLanesPerPart<A>; ++k) bit_of_lane[k] = Integer{1} << k;
+  Lanes<A> r;
+  for (int i = 0; i < kParts; ++i) {
+    const Integer part = static_cast<Integer>(bits >> (i * kLanesPerPart<A>));
+    r.part[i] = ((part - Integers{}) & bit_of_lane) != Integers{};
+  }
+  return r;
+}
+
+template <typename A>
+BN_INLINE bool any_not_finite(const Vec<A>& v) {
+  const Vec<A> zero_or_nan = v - v;
+  return to_bits(zero_or_nan != zero_or_nan) != 0;
+}
+
+// Unaligned access to N as it lies in memory.
+template <typename N>
+BN_INLINE N peek(const void* from) {
+  N r;
+  __builtin_memcpy(&r, from, sizeof(N));
+  return r;
+}
+template <typename N>
+BN_INLINE void poke(void* to, N value) {
+  __builtin_memcpy(to, &value, sizeof(N));
+}
+
+// 16-bit types: a native vector of floats from and to half as many bytes.
+
+BN_INLINE NativeFloat widen(NativeUint16 bits, BFloat16) {
+  return (NativeFloat)(__builtin_convertvector(bits, NativeUint32) << 16);
+}
+
+BN_INLINE NativeUint16 narrow(NativeFloat value, BFloat16) {
+  const NativeUint32 bits = (NativeUint32)value;
+  const NativeUint32 even = bits + 0x7fffu + ((bits >> 16) & 1u);  // round to nearest even
+  const NativeUint32 rounded = value != value ? (bits | 0x400000u) : even;
+  return __builtin_convertvector(rounded >> 16, NativeUint16);
+}
+
+#if BATCHNORM_NATIVE_BYTES == 64
+BN_INLINE NativeFloat widen(NativeUint16 bits, Half) { 
+  return _mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+}
+BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
+  return (NativeUint16)_mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif BATCHNORM_NATIVE_BYTES == 32
+BN_INLINE NativeFloat widen(NativeUint16 bits, Half) { return _mm256_cvtph_ps((__m128i)bits); }
+BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
+  return (NativeUint16)_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+BN_INLINE NativeFloat widen(NativeUint16 bits, Half) {
+  const NativeUint32 wide = __builtin_convertvector(bits, NativeUint32);
+  const NativeUint32 magnitude = (wide & 0x7fffu) << 13;
+  // Times 2^112 moves the exponent's bias, and makes denormals normal.
+  const NativeUint32 finite = (NativeUint32)((NativeFloat)magnitude * 0x1p112f);
+  const NativeUint32 special = magnitude | 0x7f800000u;
+  const NativeUint32 value = magnitude >= 0x0f800000u ? special : finite;
+  return (NativeFloat)(value | ((wide & 0x8000u) << 16));
+}
+BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
+  const NativeUint32 bits = (NativeUint32)value;
+  const NativeUint32 magnitude = bits & 0x7fffffffu;
+  // Below 2^-14: adding 0.5 leaves the denormal's bits, rounded, at the bottom.
+  const NativeUint32 denormal = (NativeUint32)((NativeFloat)magnitude + 0.5f) - 0x3f000000u;
+  const NativeUint32 even = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  const NativeUint32 special = magnitude > 0x7f800000u ? 0x7e00u - NativeUint32{}
+                                                       : 0x7c00u - NativeUint32{};
+  NativeUint32 half = magnitude < 0x38800000u ? denormal : even;
+  half = magnitude >= 0x477ff000u ? special : half;  // 65520 and above round to infinity
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), NativeUint16);
+}
+#endif
+
+template <typename T>
+struct Memory;  // how a native vector of T's accumulate type lies in memory
+template <>
+struct Memory<float> {
+  using type = NativeFloat;
+  BN_INLINE NativeFloat from(type v) { return v; }
+  BN_INLINE type to(NativeFloat v) { return v; }
+};
+template <>
+struct Memory<double> {
+  using type = NativeDouble;
+  BN_INLINE NativeDouble from(type v) { return v; }
+  BN_INLINE type to(NativeDouble v) { return v; }
+};
+template <>
+struct Memory<BFloat16> {
+  using type = NativeUint16;
+  BN_INLINE NativeFloat from(type v) { return widen(v, BFloat16{}); }
+  BN_INLINE type to(NativeFloat v) { return narrow(v, BFloat16{}); }
+};
+template <>
+struct Memory<Half> {
+  using type = NativeUint16;
+  BN_INLINE NativeFloat from(type v) { return widen(v, Half{}); }
+  BN_INLINE type to(NativeFloat v) { return narrow(v, Half{}); }
+};
+
+template <typename T>
+BN_INLINE Vec<Accumulate<T>> load(const T* from) {
+  Vec<Accumulate<T>> r;
+  for (int i = 0; i < kParts; ++i) {
+    r.part[i] = Memory<T>::from(
+        peek<typename Memory<T>::type>(from + i * kLanesPerPart<Accumulate<T>>));
+  }
+  return r;
+}
+
+template <typename T>
+BN_INLINE void store(T* to, const Vec<Accumulate<T>>& v) {
+  for (int i = 0; i < kParts; ++i) {
+    poke(to + i * kLanesPerPart<Accumulate<T>>, Memory<T>::to(v.part[i]));
+  }
+}
+
+// Past the caches; to must be aligned to the bytes of a native vector as stored.
+template <typename T>
+BN_INLINE void store_streaming(T* to, const Vec<Accumulate<T>>& v) {
+  for (int i = 0; i < kParts; ++i) {
+    void* const at = to + i * kLanesPerPart<Accumulate<T>>;
+    const typename Memory<T>::type value = Memory<T>::to(v.part[i]);
+#if defined(__SSE2__)
+    constexpr int kBytes = static_cast<int>(sizeof(value));
+#if BATCHNORM_NATIVE_BYTES == 64
+    if constexpr (kBytes == 64) _mm512_stream_si512(static_cast<__m512i*>(at), (__m512i)value);
+#endif
+#if BATCHNORM_NATIVE_BYTES >= 32
+    if constexpr (kBytes == 32) _mm256_stream_si256(static_cast<__m256i*>(at), (__m256i)value);
+#endif
+    if constexpr (kBytes == 16) _mm_stream_si128(static_cast<__m128i*>(at), (__m128i)value);
+    if constexpr (kBytes == 8) _mm_stream_si64(static_cast<long long*>(at), (long long)value);
+#else
+    poke(at, value);
+#endif
+  }
+}
+
+// What a run's last, incomplete vector needs: n < kLanes elements, zeros behind them.
+template <typename T>
+BN_INLINE Vec<Accumulate<T>> load(const T* from, int n) {
+#if BATCHNORM_NATIVE_BYTES == 64
+  Vec<Accumulate<T>> r;
+  const unsigned mask = (1u << n) - 1u;
+  if constexpr (sizeof(T) == 4) {
+    r.part[0] = (typename NativeOf<Accumulate<T>>::type)_mm512_maskz_loadu_epi32(
+        static_cast<__mmask16>(mask), from);
+  } else if constexpr (sizeof(T) == 8) {
+    r.part[0] = (typename NativeOf<Accumulate<T>>::type)_mm512_maskz_loadu_epi64(
+        static_cast<__mmask8>(mask), from);
+  } else {
+    r.part[0] = Memory<T>::from(
+        (NativeUint16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
+  }
+  return r;
+#else
+  T all[kLanes<Accumulate<T>>] = {};
+  for (int i = 0; i < n; ++i) all[i] = from[i];
+  return load(all);
+#endif
+}
+
+template <typename T>
+BN_INLINE void store(T* to, const Vec<Accumulate<T>>& v, int n) {
+#if BATCHNORM_NATIVE_BYTES == 64
+  const unsigned mask = (1u << n) - 1u;
+  const typename Memory<T>::type value = Memory<T>::to(v.part[0]);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), (__m512i)value);
+  } else if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_epi64(to, static_cast<__mmask8>(mask), (__m512i)value);
+  } else {
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), (__m256i)value);
+  }
+#else
+  T all[kLanes<Accumulate<T>>];
+  store(all, v);
+  for (int i = 0; i < n; ++i) to[i] = all[i];
+#endif
+}
+
+// The value as it will be read back after a store.
+template <typename T>
+BN_INLINE Vec<Accumulate<T>> round_to(const Vec<Accumulate<T>>& v) {
+  if constexpr (sizeof(T) == sizeof(Accumulate<T>)) return v;
+  Vec<Accumulate<T>> r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = Memory<T>::from(Memory<T>::to(v.part[i]));
+  return r;
+}
+
+template <typename T>
+BN_INLINE double to_double(const T* from) {
+  return static_cast<double>(load(from, 1).part[0][0]);
+}
