@@ -9,7 +9,6 @@ class Plan(TypedDict):
     threads: int
     unit_channels: int
     fold: int
-    width: int
 
 def build_info() -> dict[str, object]: ...
 def cpu_capability() -> str: ...

@@ -21,7 +21,8 @@ from batchnorm_ext import ops
 
 __all__ = ["ACTIVATIONS", "batch_norm"]
 
-#: The names of the activations that the kernels fuse, as the operators know them.
+#: The names of the activations that the kernels fuse, as the operators know them. (To callers,
+#: gelu_tanh is gelu with approximate="tanh".)
 ACTIVATIONS = (
     "identity",
     "relu",
@@ -45,8 +46,8 @@ def _resolve_activation(
         if approximate not in ("none", "tanh"):
             raise ValueError(f"approximate argument must be either none or tanh, got {approximate}")
         return ("gelu" if approximate == "none" else "gelu_tanh"), 0.0
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
+    if activation not in ACTIVATIONS or activation == "gelu_tanh":
+        known = ", ".join(name for name in ACTIVATIONS if name != "gelu_tanh")
         raise ValueError(f"activation should be None or one of {known}, but got {activation!r}")
     return activation, {"leaky_relu": negative_slope, "elu": alpha}.get(activation, 0.0)
 

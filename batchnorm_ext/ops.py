@@ -7,12 +7,32 @@ without data. Schemas stand in csrc/bindings/schema.cpp.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from batchnorm_ext import _C
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+try:
+    from batchnorm_ext import _C
+except ImportError as error:
+    raise ImportError(
+        f"batchnorm_ext: its compiled part cannot be loaded with torch {torch.__version__} "
+        f"({error}). It has to be built for the torch that is installed; in the source folder: "
+        f"{_REBUILD}"
+    ) from error
+
+_built_for = str(_C.build_info()["torch_version"]).partition("+")[0]
+if _built_for != torch.__version__.partition("+")[0]:
+    raise ImportError(
+        f"batchnorm_ext: built for torch {_built_for}, but torch {torch.__version__} is "
+        f"installed; in the source folder: {_REBUILD}"
+    )
+
+if "BATCHNORM_EXT_CPU" in os.environ:
+    _C.set_cpu_capability(os.environ["BATCHNORM_EXT_CPU"])
 
 __all__ = ["batch_norm"]
 
@@ -56,9 +76,20 @@ def _mask_shape(input: Tensor) -> tuple[int, int]:
     return n * c, (s + 7) // 8
 
 
+def _check_device(input: Tensor, name: str, value: Tensor) -> None:
+    torch._check(
+        value.device == input.device,
+        lambda: (
+            f"Expected all tensors to be on the same device, but {name} is on {value.device} "
+            f"and input is on {input.device}"
+        ),
+    )
+
+
 def _check_channels(input: Tensor, **values: Tensor | None) -> None:
     for name, value in values.items():
         if value is not None:
+            _check_device(input, name, value)
             torch._check(
                 value.numel() == input.size(1),
                 lambda name=name, value=value: (
@@ -70,6 +101,7 @@ def _check_channels(input: Tensor, **values: Tensor | None) -> None:
 def _check_residual(input: Tensor, residual: Tensor | None) -> None:
     if residual is None:
         return
+    _check_device(input, "residual", residual)
     torch._check(
         residual.shape == input.shape and residual.dtype == input.dtype,
         lambda: (
@@ -128,6 +160,12 @@ def _(
     return _empty_like(input)
 
 
+@torch.library.register_fake("batchnorm_ext::eval_statistics")
+def _(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = torch.empty(running_mean.numel(), dtype=torch.float64, device=running_mean.device)
+    return mean, torch.empty_like(mean)
+
+
 @torch.library.register_fake("batchnorm_ext::backward")
 def _(
     grad_output: Tensor,
@@ -156,7 +194,3 @@ def _(
         gradient(output_mask[3], bias),
     )
 
-
-def build_info() -> dict[str, object]:
-    """How the compiled part was built: versions, compiler, backends, instruction sets."""
-    return _C.build_info()

@@ -31,6 +31,8 @@ struct Settings : torch::CustomClassHolder {
   std::string activation_name;
   Activation activation = Activation::kIdentity;
   double activation_param = 0;
+  // Written or read in forward only, and no arguments of the Function: they have no gradient.
+  OptionalTensor running_mean, running_var, num_batches_tracked;
   std::array<bool, 4> given{};  // which of the differentiable arguments
 };
 
@@ -128,35 +130,33 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
  public:
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input,
                             const OptionalTensor& residual, const OptionalTensor& weight,
-                            const OptionalTensor& bias, const OptionalTensor& running_mean,
-                            const OptionalTensor& running_var,
-                            const OptionalTensor& num_batches_tracked,
+                            const OptionalTensor& bias,
                             const c10::intrusive_ptr<Settings>& settings) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const Settings& s = *settings;
+    Settings& s = *settings;
     const bool identity = s.activation == Activation::kIdentity;
     const bool use_mask = residual && is_piecewise_linear(s.activation) && s.training;
     at::Tensor y, mean, invstd, mask;
     if (s.training) {
       std::tie(y, mean, invstd, mask) = ops::forward_train(
-          input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+          input, residual, weight, bias, s.running_mean, s.running_var, s.num_batches_tracked,
           s.momentum, s.eps, s.activation_name, s.activation_param, use_mask);
     } else {
-      y = ops::forward_eval(input, residual, weight, bias, *running_mean, *running_var, s.eps,
+      y = ops::forward_eval(input, residual, weight, bias, *s.running_mean, *s.running_var, s.eps,
                             s.activation_name, s.activation_param);
-      mean = running_mean->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).reshape(-1);
-      invstd = (running_var->to(at::kDouble) + s.eps).rsqrt().reshape(-1);
+      std::tie(mean, invstd) = ops::eval_statistics(*s.running_mean, *s.running_var, s.eps);
     }
+    s.running_mean = s.running_var = s.num_batches_tracked = std::nullopt;
     ctx->save_for_backward({input, identity ? at::Tensor() : or_undefined(residual),
                             or_undefined(weight), or_undefined(bias),
                             mean, invstd, mask});
-    settings->given = {true, residual.has_value(), weight.has_value(), bias.has_value()};
+    s.given = {true, residual.has_value(), weight.has_value(), bias.has_value()};
     ctx->saved_data["settings"] = c10::IValue::make_capsule(settings);
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    variable_list gradients(8);
+    variable_list gradients(5);
     if (!grad_outputs[0].defined()) return gradients;
     const auto settings =
         c10::static_intrusive_pointer_cast<Settings>(ctx->saved_data["settings"].toCapsule());
@@ -256,8 +256,10 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
     settings->activation_name = std::string(activation);
     settings->activation = activation_of(settings->activation_name);
     settings->activation_param = activation_param;
-    output = BatchNormFunction::apply(input, residual, weight, bias, running_mean, running_var,
-                                      num_batches_tracked, settings);
+    settings->running_mean = running_mean;
+    settings->running_var = running_var;
+    settings->num_batches_tracked = num_batches_tracked;
+    output = BatchNormFunction::apply(input, residual, weight, bias, settings);
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (training) {

@@ -37,7 +37,7 @@ int index_of(const std::string& name, const char* const (&names)[kCount], const 
 
 py::dict build_info() {
   std::vector<std::string> built;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < cpu::kCapabilities; ++i) {
     if (cpu::is_built(static_cast<Capability>(i))) built.push_back(cpu::kCapabilityNames[i]);
   }
   py::dict info;
@@ -83,7 +83,6 @@ py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t 
   result["threads"] = plan.threads;
   result["unit_channels"] = plan.unit_channels;
   result["fold"] = plan.fold;
-  result["width"] = plan.width;
   return result;
 }
 

@@ -34,6 +34,12 @@ at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
                  activation_param);
 }
 
+std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mean,
+                                                   const at::Tensor& running_var, double eps) {
+  static const auto op = find<decltype(eval_statistics)>("batchnorm_ext::eval_statistics");
+  return op.call(running_mean, running_var, eps);
+}
+
 FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,

@@ -26,6 +26,9 @@ at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
                         const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
                         c10::string_view activation, double activation_param);
 
+std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mean,
+                                                   const at::Tensor& running_var, double eps);
+
 FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,

@@ -131,6 +131,19 @@ at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
   return y;
 }
 
+std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mean,
+                                                   const at::Tensor& running_var, double eps) {
+  TORCH_CHECK(running_mean.numel() == running_var.numel(), "running_var should contain ",
+              running_mean.numel(), " elements not ", running_var.numel());
+  check_eps(eps, false);
+  const OptionalTensor m = readable(running_mean), v = readable(running_var);
+  const at::Tensor mean = at::empty({m->numel()}, m->options().dtype(at::kDouble));
+  const at::Tensor invstd = at::empty_like(mean);
+  cpu::eval_statistics(channel_values(m, "running_mean"), channel_values(v, "running_var"), eps,
+                       m->numel(), mean.data_ptr<double>(), invstd.data_ptr<double>());
+  return {mean, invstd};
+}
+
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                     const OptionalTensor& residual, const OptionalTensor& weight,
                     const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
@@ -224,5 +237,6 @@ CpuPlan plan_here(const Problem& problem, Pass pass, bool masked) {
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
   m.impl("forward_train", TORCH_FN(batchnorm::bindings::forward_train));
   m.impl("forward_eval", TORCH_FN(batchnorm::bindings::forward_eval));
+  m.impl("eval_statistics", TORCH_FN(batchnorm::bindings::eval_statistics));
   m.impl("backward", TORCH_FN(batchnorm::bindings::backward));
 }

@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(batchnorm_ext, m) {
-  // What callers use: differentiable, made of the three below.
+  // What callers use: differentiable, made of those below.
   m.def(
       "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
@@ -18,6 +18,8 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "forward_eval(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor running_mean, Tensor running_var, float eps, str activation, "
       "float activation_param) -> Tensor");
+  // What backward needs of running statistics, as they are now: float64 (C,) mean and invstd.
+  m.def("eval_statistics(Tensor running_mean, Tensor running_var, float eps) -> (Tensor, Tensor)");
   // Gradients of input, residual, weight, bias; those that output_mask leaves out are empty.
   m.def(
       "backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "

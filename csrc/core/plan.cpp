@@ -11,7 +11,7 @@ constexpr std::int64_t kElementsPerThread = 32 * 1024;
 // Rows this long make every cache set useful, whatever the stride, and keep prefetchers streaming.
 constexpr std::int64_t kRowBytes = 4096;
 // A narrower group of columns than this wastes what memory transfers beside it.
-constexpr std::int64_t kGroupBytes = 256;
+constexpr std::int64_t kGroupBytes = 2048;
 // Columns whose double-precision sums stay in the second-level cache beside the data.
 constexpr std::int64_t kMaxColumns = 4096;
 // Fewer columns than this leave the vector kernels' blocks unfilled.
@@ -48,7 +48,7 @@ struct Planner {
   }
 
   CpuPlan columns() const {
-    CpuPlan plan{Scheme::kColumns, true, false, threads, p.c, fold(), 0};
+    CpuPlan plan{Scheme::kColumns, true, false, threads, p.c, fold()};
     if (plan.fold > 1) return plan;
     const std::int64_t per_thread = round_up(divide_up(p.c, threads), kMinColumns);
     const std::int64_t wide = std::max(kMinColumns, kRowBytes / element());
@@ -71,8 +71,7 @@ struct Planner {
   }
 
   CpuPlan planes() const {
-    const std::int64_t width = std::min(p.s, p.n * p.s >= 4096 ? std::int64_t{64} : 16);
-    CpuPlan plan{Scheme::kPlanes, false, false, threads, 1, 1, width};
+    CpuPlan plan{Scheme::kPlanes, false, false, threads, 1, 1};
     if (!masked && p.s <= kMaxExpandedPlane && p.n >= kMinExpandedRows) {
       plan.scheme = Scheme::kExpanded;
       const std::int64_t wanted = round_up(divide_up(kRowBytes, p.s * element()), 8);

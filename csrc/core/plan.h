@@ -16,7 +16,7 @@ struct CacheSizes {
 
 // The shape of the matrix whose columns the kernels reduce.
 //   kColumns   channels-last: a row is `fold` rows of the tensor, a column one channel of one.
-//   kPlanes    channels-first: each plane is cut into rows of `width` elements of one channel.
+//   kPlanes    channels-first: no matrix, but the planes of one channel after another.
 //   kExpanded  channels-first with small planes: a row is all planes of a unit for one n.
 enum class Scheme : std::uint8_t { kColumns, kPlanes, kExpanded };
 
@@ -28,7 +28,6 @@ struct CpuPlan {
   int threads;
   std::int64_t unit_channels;
   std::int64_t fold;
-  std::int64_t width;
 };
 
 // What a test or a measurement may prescribe; -1 leaves a field to the planner.

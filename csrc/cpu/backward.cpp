@@ -41,12 +41,14 @@ class BackwardOperation {
     const Geometry geometry(a_.problem, plan_);
     for (std::int64_t c = unit.begin; c < unit.end;) {
       const Channels g = geometry.group_at(c, unit);
-      const Strip body = geometry.body(g), tail = geometry.tail(g);
       for (std::int64_t i = g.begin; i < g.end; ++i) partials_.at(part.index, i) = GradientSums{};
-      add_rows(geometry, g, body, geometry.body_mask(g), part.begin(body.rows()),
-               part.end(body.rows()), part);
-      const auto [tail_begin, tail_end] = geometry.tail_rows(body, tail, part);
-      add_rows(geometry, g, tail, geometry.tail_mask(g), tail_begin, tail_end, part);
+      if (geometry.planes()) {
+        reduce_runs(geometry, g, part);
+      } else {
+        const Matrix matrix = geometry.matrix(g), rest = geometry.rest(g);
+        reduce_rows(geometry, g, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
+        if (part.is_last()) reduce_rows(geometry, g, rest, 0, rest.rows, part);
+      }
       c = g.end;
     }
   }
@@ -79,16 +81,13 @@ class BackwardOperation {
                                              [geometry.planes() ? K::kShared : K::kPerColumn];
     for (std::int64_t c = unit.begin; c < unit.end;) {
       const Channels g = geometry.group_at(c, unit);
-      const std::int64_t cols = geometry.body(g).cols;
+      const std::int64_t cols = geometry.matrix(g).cols;
       const BackwardParams<A> params{
           forward_params(geometry, g, cols),
           a_.training ? spread(slope_, geometry, g, cols, kSlope) : nullptr,
           a_.training ? spread(offset_, geometry, g, cols, kOffset) : nullptr};
-      geometry.for_each_run(g, part, [&](const Run& run) {
-        kernel({at(a_.x, run.offset), at(a_.dy, run.offset), at(a_.residual, run.offset),
-                a_.mask ? a_.mask + run.mask : nullptr, at(a_.dx, run.offset),
-                at(a_.dresidual, run.offset), run.length, plan_.stream},
-               params);
+      geometry.for_each_run(g, part, /*backwards=*/true, [&](const Run& run) {
+        kernel(span(run), params);
       });
       c = g.end;
     }
@@ -109,43 +108,52 @@ class BackwardOperation {
             spread(affine_.shift, geometry, g, cols, kShift), static_cast<A>(a_.activation_param)};
   }
 
-  // The sums' kernel always takes an entry per column.
-  ForwardParams<A> forward_params_per_column(const Geometry& geometry, const Channels& g,
-                                             std::int64_t cols) const {
-    ForwardParams<A> params = forward_params(geometry, g, cols);
-    if (!geometry.planes()) return params;
-    int slot = kCenter;
-    for (const A** values : {&params.center, &params.scale, &params.shift}) {
-      A* const copies = scratch<A>(slot++, cols);
-      std::fill_n(copies, cols, **values);
-      *values = copies;
-    }
-    return params;
+  BackwardSpan<T> span(const Run& run) const {
+    return {at(a_.x, run.offset),
+            at(a_.dy, run.offset),
+            at(a_.residual, run.offset),
+            a_.mask ? a_.mask + run.mask : nullptr,
+            at(a_.dx, run.offset),
+            at(a_.dresidual, run.offset),
+            run.length,
+            plan_.stream};
   }
 
-  void add_rows(const Geometry& geometry, const Channels& g, const Strip& strip,
-                const MaskStrip& mask, std::int64_t begin, std::int64_t end, const Part& part) {
+  void reduce_runs(const Geometry& geometry, const Channels& g, const Part& part) {
+    const ForwardParams<A> params = forward_params(geometry, g, 1);
+    const auto kernel = kernels<T>().run_sums[static_cast<int>(a_.activation)];
+    GradientSums& total = partials_.at(part.index, g.begin);
+    geometry.for_each_run(g, part, /*backwards=*/false, [&](const Run& run) {
+      for_each_piece(run, [&](const Run& piece) {
+        kernel(span(piece), params, &total.dz, &total.dz_centered);
+      });
+    });
+  }
+
+  void reduce_rows(const Geometry& geometry, const Channels& g, const Matrix& matrix,
+                   std::int64_t begin, std::int64_t end, const Part& part) {
     if (begin >= end) return;
-    double* const sum = scratch<double>(kFirstSum, strip.cols);
-    double* const dot = scratch<double>(kSecondSum, strip.cols);
-    std::fill_n(sum, strip.cols, 0.0);
-    std::fill_n(dot, strip.cols, 0.0);
-    const ForwardParams<A> params = forward_params_per_column(geometry, g, strip.cols);
-    const auto kernel = kernels<T>().backward_sums[static_cast<int>(a_.activation)];
+    double* const sum = scratch<double>(kFirstSum, matrix.cols);
+    double* const dot = scratch<double>(kSecondSum, matrix.cols);
+    std::fill_n(sum, matrix.cols, 0.0);
+    std::fill_n(dot, matrix.cols, 0.0);
+    const ForwardParams<A> params = forward_params(geometry, g, matrix.cols);
+    const auto kernel = kernels<T>().column_sums[static_cast<int>(a_.activation)];
+    A* const sums = scratch<A>(kChunkSums, column_scratch(matrix.cols));
     BackwardRows<T> rows;
     rows.has_residual = a_.residual != nullptr;
     rows.has_mask = a_.mask != nullptr;
-    for_each_chunk(strip, mask, begin, end, [&](const Chunk& chunk) {
+    for_each_chunk(matrix, begin, end, [&](const Chunk& chunk) {
       for (int i = 0; i < chunk.count; ++i) {
         rows.x[i] = at(a_.x, chunk.offset[i]);
         rows.dy[i] = at(a_.dy, chunk.offset[i]);
         rows.residual[i] = at(a_.residual, chunk.offset[i]);
         if (a_.mask) rows.mask[i] = a_.mask + chunk.mask[i];
       }
-      kernel(rows, chunk.count, strip.cols, params, sum, dot);
+      kernel(rows, chunk.count, matrix.cols, sums, params, sum, dot);
     });
     for (std::int64_t c = 0; c < g.count(); ++c) {
-      const auto columns = geometry.columns_of(c, g, strip.cols);
+      const auto columns = geometry.columns_of(c, g, matrix.cols);
       GradientSums& total = partials_.at(part.index, g.begin + c);
       for (std::int64_t j = 0; j < columns.count; ++j) {
         total.dz += sum[columns.first + j * columns.step];

@@ -1,5 +1,6 @@
 // Chooses the instruction set at run time.
 #include <atomic>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/simd/tables.h"
@@ -9,8 +10,9 @@ namespace cpu {
 namespace {
 
 Capability best() {
-  if (is_available(Capability::kAvx512)) return Capability::kAvx512;
-  if (is_available(Capability::kAvx2)) return Capability::kAvx2;
+  for (int i = kCapabilities - 1; i > 0; --i) {
+    if (is_available(static_cast<Capability>(i))) return static_cast<Capability>(i);
+  }
   return Capability::kPortable;
 }
 
@@ -36,8 +38,11 @@ bool is_available(Capability capability) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (capability == Capability::kAvx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (capability == Capability::kAvx512) return avx512;
+  return avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -55,6 +60,9 @@ template <typename T>
 const Kernels<T>& kernels() {
 #if defined(__x86_64__)
   switch (capability()) {
+    case Capability::kAvx512Bf16:
+      if constexpr (std::is_same_v<T, BFloat16>) return avx512_bf16::table<T>();
+      [[fallthrough]];
     case Capability::kAvx512:
       return avx512::table<T>();
     case Capability::kAvx2:

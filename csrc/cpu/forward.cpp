@@ -7,10 +7,15 @@ namespace batchnorm {
 namespace cpu {
 namespace {
 
+double inverse_std(const ChannelValues& variance, std::int64_t c, double eps) {
+  return 1 / std::sqrt(load_value(variance, c, 1) + eps);
+}
+
 // Writes y = act(z) for a part of a unit.
 template <typename T, typename Arguments>
 void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
-                   const AffineTable<T>& affine, const Channels& unit, const Part& part) {
+                   const AffineTable<T>& affine, const Channels& unit, const Part& part,
+                   bool backwards) {
   using K = Kernels<T>;
   const Geometry geometry(a.problem, plan);
   const auto kernel = kernels<T>().forward[static_cast<int>(a.activation)]
@@ -20,12 +25,12 @@ void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
   T* const y = static_cast<T*>(a.y);
   for (std::int64_t c = unit.begin; c < unit.end;) {
     const Channels g = geometry.group_at(c, unit);
-    const std::int64_t cols = geometry.body(g).cols;
+    const std::int64_t cols = geometry.matrix(g).cols;
     const ForwardParams<typename K::A> params{
         spread(affine.center, geometry, g, cols, kCenter), spread(affine.scale, geometry, g, cols, kScale),
         spread(affine.shift, geometry, g, cols, kShift),
         static_cast<typename K::A>(a.activation_param)};
-    geometry.for_each_run(g, part, [&](const Run& run) {
+    geometry.for_each_run(g, part, backwards, [&](const Run& run) {
       kernel({x + run.offset, residual ? residual + run.offset : nullptr, y + run.offset,
               mask ? mask + run.mask : nullptr, run.length, plan.stream},
              params);
@@ -53,11 +58,14 @@ class TrainOperation {
     const Geometry geometry(a_.problem, plan_);
     for (std::int64_t c = unit.begin; c < unit.end;) {
       const Channels g = geometry.group_at(c, unit);
-      const Strip body = geometry.body(g), tail = geometry.tail(g);
       for (std::int64_t i = g.begin; i < g.end; ++i) partials_.at(part.index, i) = Moments{};
-      add_rows(geometry, g, body, part.begin(body.rows()), part.end(body.rows()), part);
-      const auto [tail_begin, tail_end] = geometry.tail_rows(body, tail, part);
-      add_rows(geometry, g, tail, tail_begin, tail_end, part);
+      if (geometry.planes()) {
+        reduce_runs(geometry, g, part);
+      } else {
+        const Matrix matrix = geometry.matrix(g), rest = geometry.rest(g);
+        reduce_rows(geometry, g, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
+        if (part.is_last()) reduce_rows(geometry, g, rest, 0, rest.rows, part);
+      }
       c = g.end;
     }
   }
@@ -79,7 +87,7 @@ class TrainOperation {
   }
 
   void apply(const Channels& unit, const Part& part) {
-    write_forward<T>(a_, a_.mask, plan_, affine_, unit, part);
+    write_forward<T>(a_, a_.mask, plan_, affine_, unit, part, /*backwards=*/true);
   }
 
  private:
@@ -88,25 +96,37 @@ class TrainOperation {
     store_value(running, c, (1 - momentum_) * load_value(running, c, 0) + momentum_ * batch);
   }
 
-  void add_rows(const Geometry& geometry, const Channels& g, const Strip& strip,
-                std::int64_t begin, std::int64_t end, const Part& part) {
-    if (begin >= end) return;
-    double* const mean = scratch<double>(kFirstSum, strip.cols);
-    double* const m2 = scratch<double>(kSecondSum, strip.cols);
-    std::fill_n(mean, strip.cols, 0.0);
-    std::fill_n(m2, strip.cols, 0.0);
+  void reduce_runs(const Geometry& geometry, const Channels& g, const Part& part) {
     const T* const x = static_cast<const T*>(a_.x);
-    const auto kernel = kernels<T>().moments;
+    const auto kernel = kernels<T>().run_moments;
+    Moments total;
+    geometry.for_each_run(g, part, /*backwards=*/false, [&](const Run& run) {
+      for_each_piece(run, [&](const Run& piece) {
+        total = combine(total, kernel(x + piece.offset, piece.length));
+      });
+    });
+    partials_.at(part.index, g.begin) = total;
+  }
+
+  void reduce_rows(const Geometry& geometry, const Channels& g, const Matrix& matrix,
+                   std::int64_t begin, std::int64_t end, const Part& part) {
+    if (begin >= end) return;
+    double* const mean = scratch<double>(kFirstSum, matrix.cols);
+    double* const m2 = scratch<double>(kSecondSum, matrix.cols);
+    std::fill_n(mean, matrix.cols, 0.0);
+    std::fill_n(m2, matrix.cols, 0.0);
+    const T* const x = static_cast<const T*>(a_.x);
+    const auto kernel = kernels<T>().column_moments;
+    auto* const sums = scratch<Accumulate<T>>(kChunkSums, column_scratch(matrix.cols));
     double rows = 0;
-    for_each_chunk(strip, MaskStrip{}, begin, end, [&](const Chunk& chunk) {
+    for_each_chunk(matrix, begin, end, [&](const Chunk& chunk) {
       const T* pointers[kChunkRows];
       for (int i = 0; i < chunk.count; ++i) pointers[i] = x + chunk.offset[i];
-      kernel(pointers, chunk.count, strip.cols, rows, mean, m2);
+      kernel(pointers, chunk.count, matrix.cols, sums, rows, mean, m2);
       rows += chunk.count;
     });
     for (std::int64_t c = 0; c < g.count(); ++c) {
-      const auto columns = geometry.columns_of(c, g, strip.cols);
-      if (columns.count == 0) continue;
+      const auto columns = geometry.columns_of(c, g, matrix.cols);
       Moments& total = partials_.at(part.index, g.begin + c);
       total = combine(total, combine_equal(mean + columns.first, m2 + columns.first, columns.count,
                                            columns.step, rows));
@@ -131,13 +151,12 @@ class EvalOperation {
   void reduce(const Channels&, const Part&) {}
   void finish(const Channels& channels) {
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-      const double invstd = 1 / std::sqrt(load_value(a_.running_var, c, 1) + a_.eps);
-      affine_.set(c, load_value(a_.running_mean, c, 0), invstd, load_value(a_.weight, c, 1),
-                  load_value(a_.bias, c, 0));
+      affine_.set(c, load_value(a_.running_mean, c, 0), inverse_std(a_.running_var, c, a_.eps),
+                  load_value(a_.weight, c, 1), load_value(a_.bias, c, 0));
     }
   }
   void apply(const Channels& unit, const Part& part) {
-    write_forward<T>(a_, nullptr, plan_, affine_, unit, part);
+    write_forward<T>(a_, nullptr, plan_, affine_, unit, part, /*backwards=*/false);
   }
 
  private:
@@ -160,6 +179,14 @@ void forward_eval(const ForwardEval& a, const CpuPlan& plan, const ParallelFor& 
     EvalOperation<decltype(tag)> operation(a, plan);
     run_units(a.problem, plan, parallel_for, operation);
   });
+}
+
+void eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
+                     double eps, std::int64_t c, double* mean, double* invstd) {
+  for (std::int64_t i = 0; i < c; ++i) {
+    mean[i] = load_value(running_mean, i, 0);
+    invstd[i] = inverse_std(running_var, i, eps);
+  }
 }
 
 }  // namespace cpu

@@ -6,13 +6,16 @@
 #include <cstdint>
 
 #include "core/activation.h"
+#include "core/moments.h"
 #include "core/types.h"
 
 namespace batchnorm {
 namespace cpu {
 
-// Rows that one call of a reduction may take: float32 partial sums stay this short.
+// What one call of a reduction may take: rows of a matrix, or elements of a run. Each float32
+// partial sum then has at most this many (kRunLength / 64) terms.
 constexpr int kChunkRows = 64;
+constexpr int kRunLength = 4096;
 
 // z = (x - center) * scale + shift [+ residual]. center is the mean rounded to the accumulate
 // type and shift carries what the rounding lost, so x - center loses nothing.
@@ -73,18 +76,27 @@ struct Kernels {
   enum Params { kShared = 0, kPerColumn = 1 };
 
   // Adds rows[0..count) to the moments of each column; before = rows that mean and m2 hold.
-  void (*moments)(const T* const* rows, int count, std::int64_t cols, double before, double* mean,
-                  double* m2);
+  // kept: room for column_scratch(cols) values.
+  void (*column_moments)(const T* const* rows, int count, std::int64_t cols, A* kept,
+                         double before, double* mean, double* m2);
+  // Of one channel's run.
+  Moments (*run_moments)(const T* x, std::int64_t length);
   void (*forward[kActivations][2])(const ForwardSpan<T>&, const ForwardParams<A>&);
-  // Adds sum(dz) and sum(dz * (x - center)) of each column; per-column params.
-  void (*backward_sums[kActivations])(const BackwardRows<T>&, int count, std::int64_t cols,
-                                      const ForwardParams<A>&, double* sum, double* dot);
+  // Adds sum(dz) and sum(dz * (x - center)): of each column with params per column, or of a run
+  // with one channel's params (dx and dresidual are not written).
+  void (*column_sums[kActivations])(const BackwardRows<T>&, int count, std::int64_t cols, A* kept,
+                                    const ForwardParams<A>&, double* sum, double* dot);
+  void (*run_sums[kActivations])(const BackwardSpan<T>&, const ForwardParams<A>&, double* sum,
+                                 double* dot);
   void (*backward[kActivations][2])(const BackwardSpan<T>&, const BackwardParams<A>&);
 };
 
-enum class Capability : std::uint8_t { kPortable, kAvx2, kAvx512 };
+inline std::int64_t column_scratch(std::int64_t cols) { return 3 * (cols + 16); }
 
-constexpr const char* kCapabilityNames[] = {"portable", "avx2", "avx512"};
+enum class Capability : std::uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+constexpr const char* kCapabilityNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr int kCapabilities = 4;
 
 // Built in for this processor family, and offered by the processor at hand.
 bool is_built(Capability);

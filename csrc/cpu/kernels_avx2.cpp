@@ -7,6 +7,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define BATCHNORM_NATIVE_BYTES 32
+#define BATCHNORM_HAS_BF16 0
 
 namespace batchnorm {
 namespace cpu {

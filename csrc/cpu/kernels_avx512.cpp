@@ -7,6 +7,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define BATCHNORM_NATIVE_BYTES 64
+#define BATCHNORM_HAS_BF16 0
 
 namespace batchnorm {
 namespace cpu {

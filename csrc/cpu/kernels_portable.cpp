@@ -6,6 +6,7 @@
 #endif
 
 #define BATCHNORM_NATIVE_BYTES 16
+#define BATCHNORM_HAS_BF16 0
 
 namespace batchnorm {
 namespace cpu {

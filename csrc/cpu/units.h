@@ -27,51 +27,19 @@ struct Part {
   bool is_last() const { return index + 1 == count; }
 };
 
-// Rows of `cols` contiguous elements: row r starts at
-// offset + r / inner * outer_stride + r % inner * inner_stride.
-struct Strip {
-  std::int64_t offset, outer, inner, outer_stride, inner_stride, cols;
-  std::int64_t rows() const { return outer * inner; }
+// Rows of `cols` contiguous elements, `stride` elements apart; their mask bits, in bytes, likewise.
+struct Matrix {
+  std::int64_t offset, rows, stride, cols;
+  std::int64_t mask_offset, mask_stride;
 };
 
-// Where the elements' mask bits are: byte of the first bit of the row, as for Strip.
-struct MaskStrip {
-  std::int64_t offset, outer_stride, inner_stride;
-};
-
-struct Chunk {
-  int count;
-  std::int64_t offset[kChunkRows];
-  std::int64_t mask[kChunkRows];
-};
-
-// Calls visit(chunk) for rows [begin, end), at most kChunkRows at a time.
-template <typename Visit>
-void for_each_chunk(const Strip& strip, const MaskStrip& mask, std::int64_t begin,
-                    std::int64_t end, const Visit& visit) {
-  Chunk chunk;
-  std::int64_t outer = begin / strip.inner, inner = begin % strip.inner;
-  while (begin < end) {
-    chunk.count = static_cast<int>(std::min<std::int64_t>(kChunkRows, end - begin));
-    for (int i = 0; i < chunk.count; ++i) {
-      chunk.offset[i] = strip.offset + outer * strip.outer_stride + inner * strip.inner_stride;
-      chunk.mask[i] = mask.offset + outer * mask.outer_stride + inner * mask.inner_stride;
-      if (++inner == strip.inner) {
-        inner = 0;
-        ++outer;
-      }
-    }
-    visit(chunk);
-    begin += chunk.count;
-  }
-}
-
-// A contiguous run to write, and the byte of its first mask bit.
+// A contiguous run of elements, and the byte of its first mask bit.
 struct Run {
   std::int64_t offset, mask, length;
 };
 
-// What the kernels see of the channels of a unit.
+// What the kernels see of a unit's channels: a matrix whose columns belong to channels, or
+// (Scheme::kPlanes) runs of one channel.
 class Geometry {
  public:
   Geometry(const Problem& problem, const CpuPlan& plan) : p_(problem), plan_(plan) {}
@@ -80,104 +48,106 @@ class Geometry {
   // Columns stand for the unit's channels in order, one each.
   bool plain_columns() const { return plan_.scheme == Scheme::kColumns && plan_.fold == 1; }
 
-  // Channels that are reduced together: all of a unit, or one plane's.
+  // Channels that kernels see together: all of a unit, or one channel's planes.
   Channels group_at(std::int64_t channel, const Channels& unit) const {
     return planes() ? Channels{channel, channel + 1} : Channels{channel, unit.end};
   }
 
-  // Most of a group's rows ...
-  Strip body(const Channels& g) const {
-    switch (plan_.scheme) {
-      case Scheme::kColumns: {
-        const std::int64_t rows = p_.n * p_.s / plan_.fold, row = plan_.fold * p_.c;
-        return {g.begin, 1, rows, 0, row, plan_.fold == 1 ? g.count() : row};
-      }
-      case Scheme::kExpanded:
-        return {g.begin * p_.s, 1, p_.n, 0, p_.c * p_.s, g.count() * p_.s};
-      default:
-        return {g.begin * p_.s, p_.n,        p_.s / plan_.width,
-                p_.c * p_.s,    plan_.width, plan_.width};
+  Matrix matrix(const Channels& g) const {
+    if (plan_.scheme == Scheme::kExpanded) {
+      return {g.begin * p_.s, p_.n, p_.c * p_.s, g.count() * p_.s, 0, 0};
     }
+    const std::int64_t row = plan_.fold * p_.c;
+    return {g.begin, p_.n * p_.s / plan_.fold, row, plan_.fold == 1 ? g.count() : row,
+            g.begin / 8, mask_row_bytes(p_)};
   }
 
-  // ... and what doesn't fill one: columns 0 to cols of further rows. May be empty.
-  Strip tail(const Channels& g) const {
-    if (planes()) {
-      const std::int64_t whole = p_.s / plan_.width * plan_.width;
-      return {g.begin * p_.s + whole, p_.n, 1, p_.c * p_.s, 0, p_.s - whole};
-    }
-    const std::int64_t whole = p_.n * p_.s / plan_.fold * plan_.fold;
-    const bool folded = plan_.scheme == Scheme::kColumns && plan_.fold > 1;
-    return {whole * p_.c, 1, 1, 0, 0, folded ? (p_.n * p_.s - whole) * p_.c : 0};
+  // The rows of the tensor that do not fill a folded row: one row of fewer columns, or none.
+  Matrix rest(const Channels& g) const {
+    if (planes() || plan_.fold == 1) return {0, 0, 0, 0, 0, 0};
+    const std::int64_t left = p_.n * p_.s % plan_.fold;
+    const std::int64_t whole = (p_.n * p_.s - left) * p_.c;
+    return {whole, left > 0 ? 1 : 0, 0, left * g.count(), 0, 0};
   }
 
-  // The tail's rows that go with a part: those of the planes whose body it finishes.
-  std::pair<std::int64_t, std::int64_t> tail_rows(const Strip& body, const Strip& tail,
-                                                  const Part& part) const {
-    if (tail.cols == 0) return {0, 0};
-    if (!planes()) return {0, part.is_last() ? 1 : 0};
-    return {part.begin(body.rows()) / body.inner, part.end(body.rows()) / body.inner};
-  }
-
-  MaskStrip body_mask(const Channels& g) const {
-    const std::int64_t row = mask_row_bytes(p_);
-    if (planes()) return {g.begin * row, p_.c * row, plan_.width / 8};
-    return {g.begin / 8, 0, row};
-  }
-  MaskStrip tail_mask(const Channels& g) const {
-    const std::int64_t row = mask_row_bytes(p_);
-    if (planes()) return {g.begin * row + p_.s / plan_.width * plan_.width / 8, p_.c * row, 0};
-    return {0, 0, 0};
-  }
-
-  // The columns of one channel among cols: first, step, how many.
+  // The columns of one channel (counted from the group's first) among cols.
   struct Columns {
     std::int64_t first, step, count;
   };
   Columns columns_of(std::int64_t channel, const Channels& g, std::int64_t cols) const {
-    switch (plan_.scheme) {
-      case Scheme::kColumns:
-        return {channel, g.count(), cols / g.count()};
-      case Scheme::kExpanded:
-        return {channel * p_.s, 1, p_.s};
-      default:
-        return {0, 1, cols};
-    }
+    if (plan_.scheme == Scheme::kExpanded) return {channel * p_.s, 1, p_.s};
+    return {channel, g.count(), cols / g.count()};
   }
 
-  // Calls visit(run) for everything in a part of a group, the last rows first: those the reduction
-  // saw last are the likeliest to be in a cache.
+  // Calls visit(run) for everything in a part of a group, in the order of memory or backwards:
+  // the last rows that a reduction saw are the likeliest to be in a cache.
   template <typename Visit>
-  void for_each_run(const Channels& g, const Part& part, const Visit& visit) const {
-    const Strip b = body(g), t = tail(g);
-    const MaskStrip m = body_mask(g);
-    const std::int64_t begin = part.begin(b.rows());
-    std::int64_t end = part.end(b.rows());
-    if (planes()) {
-      while (end > begin) {  // pieces of planes, with the tail where a piece ends its plane
-        const std::int64_t outer = (end - 1) / b.inner;
-        const std::int64_t first = std::max(begin, outer * b.inner) - outer * b.inner;
-        const std::int64_t last = end - outer * b.inner;
-        const std::int64_t length = (last - first) * b.cols + (last == b.inner ? t.cols : 0);
-        visit(Run{b.offset + outer * b.outer_stride + first * b.inner_stride,
-                  m.offset + outer * m.outer_stride + first * m.inner_stride, length});
-        end = outer * b.inner + first;
-      }
-      return;
+  void for_each_run(const Channels& g, const Part& part, bool backwards,
+                    const Visit& visit) const {
+    if (planes()) return for_each_plane_run(g.begin, part, backwards, visit);
+    const Matrix m = matrix(g), r = rest(g);
+    const std::int64_t begin = part.begin(m.rows), end = part.end(m.rows);
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t row = backwards ? end - 1 - (i - begin) : i;
+      visit(Run{m.offset + row * m.stride, m.mask_offset + row * m.mask_stride, m.cols});
     }
-    if (t.cols > 0 && part.is_last()) visit(Run{t.offset, 0, t.cols});
-    for (std::int64_t r = end; r-- > begin;) {
-      visit(Run{b.offset + r * b.inner_stride, m.offset + r * m.inner_stride, b.cols});
-    }
+    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols});
   }
 
  private:
+  // A part may begin and end inside a plane, at a multiple of kCell elements (whole mask bytes).
+  template <typename Visit>
+  void for_each_plane_run(std::int64_t channel, const Part& part, bool backwards,
+                          const Visit& visit) const {
+    constexpr std::int64_t kCell = 64;
+    const std::int64_t cells = (p_.s + kCell - 1) / kCell;
+    const std::int64_t begin = part.begin(p_.n * cells), end = part.end(p_.n * cells);
+    if (begin == end) return;
+    const std::int64_t first_plane = begin / cells, last_plane = (end - 1) / cells;
+    for (std::int64_t i = first_plane; i <= last_plane; ++i) {
+      const std::int64_t n = backwards ? last_plane - (i - first_plane) : i;
+      const std::int64_t from = std::max(begin - n * cells, std::int64_t{0}) * kCell;
+      const std::int64_t to = std::min((end - n * cells) * kCell, p_.s);
+      const std::int64_t plane = n * p_.c + channel;
+      visit(Run{plane * p_.s + from, plane * mask_row_bytes(p_) + from / 8, to - from});
+    }
+  }
+
   const Problem& p_;
   const CpuPlan& plan_;
 };
 
+struct Chunk {
+  int count;
+  std::int64_t offset[kChunkRows];
+  std::int64_t mask[kChunkRows];
+};
+
+// Calls visit(chunk) for a matrix's rows [begin, end), at most kChunkRows at a time.
+template <typename Visit>
+void for_each_chunk(const Matrix& matrix, std::int64_t begin, std::int64_t end,
+                    const Visit& visit) {
+  Chunk chunk;
+  for (std::int64_t row = begin; row < end; row += chunk.count) {
+    chunk.count = static_cast<int>(std::min<std::int64_t>(kChunkRows, end - row));
+    for (int i = 0; i < chunk.count; ++i) {
+      chunk.offset[i] = matrix.offset + (row + i) * matrix.stride;
+      chunk.mask[i] = matrix.mask_offset + (row + i) * matrix.mask_stride;
+    }
+    visit(chunk);
+  }
+}
+
+// Calls visit(run) for pieces of a run that a reduction takes at once.
+template <typename Visit>
+void for_each_piece(const Run& run, const Visit& visit) {
+  for (std::int64_t at = 0; at < run.length; at += kRunLength) {
+    visit(Run{run.offset + at, run.mask + at / 8, std::min<std::int64_t>(kRunLength, run.length - at)});
+  }
+}
+
 // Memory that a thread keeps from call to call, one block per use and type.
-enum Slot { kFirstSum, kSecondSum, kCenter, kScale, kShift, kSlope, kOffset, kSlots };
+enum Slot { kFirstSum, kSecondSum, kCenter, kScale, kShift, kSlope, kOffset, kChunkSums, kSlots };
 
 template <typename Value>
 Value* scratch(int slot, std::int64_t count) {

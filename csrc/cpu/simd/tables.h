@@ -5,6 +5,10 @@
 
 namespace batchnorm {
 namespace cpu {
+namespace avx512_bf16 {  // BFloat16 only
+template <typename T>
+const Kernels<T>& table();
+}
 namespace avx512 {
 template <typename T>
 const Kernels<T>& table();

@@ -5,6 +5,7 @@
 // instruction set into the rest of the program). Every function is always inlined.
 
 #define BN_INLINE static inline __attribute__((always_inline))
+#define BN_MEMBER inline __attribute__((always_inline))
 
 constexpr int kVectorBytes = 64;
 constexpr int kNativeBytes = BATCHNORM_NATIVE_BYTES;
@@ -169,16 +170,49 @@ BN_INLINE void poke(void* to, N value) {
 
 // 16-bit types: a native vector of floats from and to half as many bytes.
 
+// Zero-extend and truncate. As intrinsics, since compilers split __builtin_convertvector in two.
+#if BATCHNORM_NATIVE_BYTES == 64
+BN_INLINE NativeUint32 extend(NativeUint16 v) {
+  return (NativeUint32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+}
+BN_INLINE NativeUint16 truncate(NativeUint32 v) {
+  return (NativeUint16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+}
+#elif BATCHNORM_NATIVE_BYTES == 32
+BN_INLINE NativeUint32 extend(NativeUint16 v) {
+  return (NativeUint32)_mm256_cvtepu16_epi32((__m128i)v);
+}
+// The values fit 16 bits, so that saturation does nothing.
+BN_INLINE NativeUint16 truncate(NativeUint32 v) {
+  return (NativeUint16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v),
+                                        _mm256_extracti128_si256((__m256i)v, 1));
+}
+#else
+BN_INLINE NativeUint32 extend(NativeUint16 v) {
+  return __builtin_convertvector(v, NativeUint32);
+}
+BN_INLINE NativeUint16 truncate(NativeUint32 v) {
+  return __builtin_convertvector(v, NativeUint16);
+}
+#endif
+
 BN_INLINE NativeFloat widen(NativeUint16 bits, BFloat16) {
-  return (NativeFloat)(__builtin_convertvector(bits, NativeUint32) << 16);
+  return (NativeFloat)(extend(bits) << 16);
 }
 
+#if BATCHNORM_HAS_BF16
+// Rounds to nearest even too, but takes float32 denormals (below 1.2e-38) for zero.
+BN_INLINE NativeUint16 narrow(NativeFloat value, BFloat16) {
+  return (NativeUint16)_mm512_cvtneps_pbh(value);
+}
+#else
 BN_INLINE NativeUint16 narrow(NativeFloat value, BFloat16) {
   const NativeUint32 bits = (NativeUint32)value;
   const NativeUint32 even = bits + 0x7fffu + ((bits >> 16) & 1u);  // round to nearest even
   const NativeUint32 rounded = value != value ? (bits | 0x400000u) : even;
-  return __builtin_convertvector(rounded >> 16, NativeUint16);
+  return truncate(rounded >> 16);
 }
+#endif
 
 #if BATCHNORM_NATIVE_BYTES == 64
 BN_INLINE NativeFloat widen(NativeUint16 bits, Half) { 
@@ -194,7 +228,7 @@ BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
 }
 #else
 BN_INLINE NativeFloat widen(NativeUint16 bits, Half) {
-  const NativeUint32 wide = __builtin_convertvector(bits, NativeUint32);
+  const NativeUint32 wide = extend(bits);
   const NativeUint32 magnitude = (wide & 0x7fffu) << 13;
   // Times 2^112 moves the exponent's bias, and makes denormals normal.
   const NativeUint32 finite = (NativeUint32)((NativeFloat)magnitude * 0x1p112f);
@@ -212,7 +246,7 @@ BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
                                                        : 0x7c00u - NativeUint32{};
   NativeUint32 half = magnitude < 0x38800000u ? denormal : even;
   half = magnitude >= 0x477ff000u ? special : half;  // 65520 and above round to infinity
-  return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), NativeUint16);
+  return truncate(half | ((bits >> 16) & 0x8000u));
 }
 #endif
 
@@ -337,4 +371,35 @@ BN_INLINE Vec<Accumulate<T>> round_to(const Vec<Accumulate<T>>& v) {
 template <typename T>
 BN_INLINE double to_double(const T* from) {
   return static_cast<double>(load(from, 1).part[0][0]);
+}
+
+// The first n lanes set.
+template <typename A>
+BN_INLINE Lanes<A> first_lanes(int n) {
+  return from_bits<A>((1u << n) - 1u);
+}
+
+// Eight (four, two) doubles at a time: part i of kWideParts of a vector of A.
+constexpr int kWideLanes = kNativeBytes / 8;
+template <typename A>
+constexpr int kWideParts = kLanes<A> / kWideLanes;
+
+BN_INLINE NativeDouble wide(const Vec<double>& v, int i) { return v.part[i]; }
+BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
+  typedef float HalfFloat __attribute__((vector_size(kNativeBytes / 2)));
+  return __builtin_convertvector(peek<HalfFloat>(reinterpret_cast<const float*>(&v) + i * kWideLanes),
+                                 NativeDouble);
+}
+
+// The lanes' sum, in a fixed order: halves onto each other.
+template <typename A>
+BN_INLINE double total(const Vec<A>& v) {
+  NativeDouble sum = wide(v, 0);
+  for (int i = 1; i < kWideParts<A>; ++i) sum = sum + wide(v, i);
+  double lanes[kWideLanes];
+  poke(lanes, sum);
+  for (int half = kWideLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }

@@ -1,0 +1,38 @@
+"""Batch normalisation near the memory limit, as a drop-in for torch's.
+
+`batch_norm` is `torch.nn.functional.batch_norm` with an optional residual and activation;
+`BatchNorm1d/2d/3d` and `LazyBatchNorm1d/2d/3d` replace the modules of the same name in
+`torch.nn`; `BatchNormAct1d/2d/3d` fuse an activation; `convert_batchnorm` and
+`revert_batchnorm` exchange the modules of a whole model.
+"""
+
+from batchnorm_ext._version import __version__
+from batchnorm_ext.convert import convert_batchnorm, revert_batchnorm
+from batchnorm_ext.functional import batch_norm
+from batchnorm_ext.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "__version__",
+    "batch_norm",
+    "convert_batchnorm",
+    "revert_batchnorm",
+]

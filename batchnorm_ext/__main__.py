@@ -1,0 +1,144 @@
+"""``python -m batchnorm_ext``: what is installed, and the command that mends what is wrong.
+
+Exit status: 0 where all is well, 1 where a problem is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _C, __version__
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+# The processor flags, as the Linux kernel names them, that each instruction set needs.
+_NEEDED_FLAGS = {
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set[str](),
+}
+
+
+def _processor() -> tuple[str, list[str]]:
+    """The processor's name and the instruction sets it offers, best first."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in (ln.partition(":") for ln in lines)}
+    flags = set(fields.get("flags", "").split())
+    offered = [name for name, needed in _NEEDED_FLAGS.items() if needed <= flags]
+    return fields.get("model name", platform.machine()), offered
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def collect() -> dict[str, Any]:
+    """Everything the report shows, as plain values."""
+    name, offered = _processor()
+    build: dict[str, Any] = dict(_C.build_info())
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "location": str(Path(__file__).parent),
+        "build": build,
+        "cpu": {
+            "name": name,
+            "offered": offered,
+            "built": build["cpu_capabilities_built"],
+            "used": _C.cpu_capability(),
+            "requested": os.environ.get("BATCHNORM_EXT_CPU"),
+        },
+        "threads": {"torch": torch.get_num_threads(), "cores": _usable_cores()},
+        "gpus": _gpus(),
+    }
+
+
+def problems(report: dict[str, Any]) -> Iterator[str]:
+    """What is wrong, each with the command that mends it."""
+    build = report["build"]
+    if build["version"] != report["version"]:
+        yield (
+            f"the extension is of version {build['version']}, the Python files of "
+            f"{report['version']}: {REBUILD}"
+        )
+    if build["torch_version"] != report["torch"]:
+        yield (
+            f"built for torch {build['torch_version']}, running with {report['torch']}: {REBUILD}"
+        )
+    if not build["openmp"]:
+        yield f"built without OpenMP, so on one thread; with a compiler that has it: {REBUILD}"
+
+
+def hints(report: dict[str, Any]) -> Iterator[str]:
+    """What works, but not as well as it could."""
+    cpu, threads = report["cpu"], report["threads"]
+    best = next((name for name in cpu["offered"] if name in cpu["built"]), cpu["used"])
+    if cpu["used"] != best:
+        mend = ": unset BATCHNORM_EXT_CPU" if cpu["requested"] else ""
+        yield f"the kernels in use are {cpu['used']}, this processor has {best}{mend}"
+    if threads["torch"] > threads["cores"]:
+        yield (
+            f"{threads['torch']} threads on {threads['cores']} usable cores: "
+            f"export OMP_NUM_THREADS={threads['cores']}"
+        )
+    if report["gpus"] and not report["build"]["cuda"]:
+        yield "this build has no CUDA kernels: for CUDA tensors keep torch.nn.BatchNorm*"
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as aligned text."""
+    build, cpu, threads = report["build"], report["cpu"], report["threads"]
+    rows = [
+        ("batchnorm_ext", f"{report['version']} in {report['location']}"),
+        ("Python", report["python"]),
+        ("torch", f"{report['torch']} (built for {build['torch_version']})"),
+        ("compiler", f"{build['compiler']}, C++{build['cpp_standard']}"),
+        ("OpenMP", "yes" if build["openmp"] else "no"),
+        ("CUDA kernels", "yes" if build["cuda"] else "no"),
+        ("processor", cpu["name"]),
+        ("it offers", ", ".join(cpu["offered"])),
+        ("built for", ", ".join(cpu["built"])),
+        ("in use", cpu["used"]),
+        ("threads", f"{threads['torch']} (torch) on {threads['cores']} usable cores"),
+        ("devices", ", ".join(["cpu", *report["gpus"]])),
+    ]
+    lines = [f"{label:<15}{value}" for label, value in rows]
+    notes = [f"problem: {text}" for text in problems(report)]
+    notes += [f"hint: {text}" for text in hints(report)]
+    return "\n".join([*lines, "", *(notes or ["nothing to mend"])])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; see the module's docstring for the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m batchnorm_ext", description="Report.")
+    parser.add_argument("--version", action="version", version=f"batchnorm_ext {__version__}")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    arguments = parser.parse_args(argv)
+    report = collect()
+    found = list(problems(report))
+    if arguments.json:
+        print(json.dumps({**report, "problems": found, "hints": list(hints(report))}, indent=2))
+    else:
+        print(render(report))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

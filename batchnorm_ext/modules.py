@@ -1,0 +1,290 @@
+"""Batch normalisation modules: torch's own classes with another forward, and fused ones.
+
+For each channel c of an input of shape (N, C, *)::
+
+    mean[c] = E[x[:, c]]        var[c] = E[(x[:, c] - mean[c])^2]      (batch statistics)
+    y[:, c] = activation((x[:, c] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
+
+with the running estimates in place of the batch statistics in eval mode. The method is that of
+Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+Covariate Shift" (2015, https://arxiv.org/abs/1502.03167); each choice the paper leaves open
+(biased variance to normalise, unbiased variance in the running estimate, `momentum=None` for a
+cumulative average) is the one in the documentation of `torch.nn.BatchNorm2d`.
+
+Parameters and buffers are torch's: `weight`, `bias`, `running_mean`, `running_var` and
+`num_batches_tracked`, owned by torch's own base class. Checkpoints move between `torch.nn` and
+this package, fused modules included, in both directions and without a change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from batchnorm_ext.functional import _apply, _resolve_activation
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+]
+
+# Where a module is traced through instead of being one node (see _record_call), the graph gets
+# one call of this function rather than whatever it does inside.
+fx.wrap("_apply")
+
+
+def _record_call(module: _NormBase, input: fx.Proxy, residual: object) -> Any:
+    """Record `module(input)` as one `call_module` node, as fx does for torch's own modules.
+
+    fx treats a module as a leaf only if its class lives in `torch.nn`. Traced through, batch
+    norm would be frozen in the mode it was traced in; as a leaf it keeps following `train()`
+    and `eval()`, and the graph looks as it does with `torch.nn.BatchNorm2d` in its place.
+
+    None, for "trace through", where a leaf would be wrong: for the root of the trace (the node
+    would call the whole graph again) and under forward hooks (fx has already run them on the
+    proxies; the node would run them a second time).
+    """
+    tracer = input.tracer
+    if not isinstance(tracer, fx.Tracer) or tracer.root is module:
+        return None
+    if module._forward_pre_hooks or module._forward_hooks:
+        return None
+    args = (input,) if residual is None else (input, residual)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+
+
+def _forward(
+    module: _NormBase,
+    input: Any,  # a Tensor; a Proxy while fx traces
+    residual: Tensor | None,
+    activation: str,
+    activation_param: float,
+) -> Tensor:
+    """Choose the tensors that take part in this mode and call the op: every module's forward.
+
+    This runs once per layer and step, and small networks are bound by such time, so tensors are
+    read from the module's dictionaries: `module.weight` goes through `Module.__getattr__`,
+    which costs several times as much.
+    """
+    if isinstance(input, fx.Proxy):
+        call = _record_call(module, input, residual)
+        if call is not None:
+            return call
+    else:
+        module._check_input_dim(input)
+
+    parameters, buffers = module._parameters, module._buffers
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    except KeyError:  # parametrised, pruned, sharded or replicated: something else stands in
+        weight, bias = module.weight, module.bias
+        running_mean, running_var = module.running_mean, module.running_var
+
+    momentum = module.momentum
+    num_batches_tracked = None
+    if not module.training:
+        use_batch_stats = running_mean is None and running_var is None
+    else:
+        use_batch_stats = True
+        if not module.track_running_stats:
+            running_mean = running_var = None
+        else:
+            num_batches_tracked = buffers["num_batches_tracked"]
+            if num_batches_tracked is None and momentum is None:
+                momentum = 0.0  # no count to average over: torch leaves the estimates alone
+    return _apply(
+        input,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        use_batch_stats,
+        momentum,
+        module.eps,
+        activation,
+        activation_param,
+    )
+
+
+class _DropIn(_BatchNorm):
+    """The one thing that the classes below put before torch's: the forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, input, None, "identity", 0.0)
+
+
+class BatchNorm1d(_DropIn, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d`, computed by this package.
+
+    Constructor, state_dict, repr, semantics and errors are torch's. Because it is a subclass, the
+    tools that look for torch's batch norm (DDP, FSDP, `convert_sync_batchnorm`,
+    `swa_utils.update_bn`, conv-bn folding) treat it as one.
+
+    Formula: see the head of this module; `activation` is the identity and there is no residual.
+
+    Shapes: (N, C) or (N, C, L), and the output has the input's shape; C is `num_features`.
+
+    Dtypes: float32, float64, bfloat16 or float16 input; the parameters and buffers may have
+    another dtype than the input, and the output has the input's.
+
+    Errors: `ValueError` for an input of any other rank, for one value per channel in training
+    mode, and for an `eps` that is not positive.
+
+    Source: Ioffe and Szegedy (2015); the documentation of `torch.nn.BatchNorm1d`.
+    """
+
+
+class BatchNorm2d(_DropIn, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, computed by this package, for input of shape (N, C, H, W).
+
+    Everything else is as in `BatchNorm1d`. Contiguous and `channels_last` inputs are
+    both computed where they lie.
+    """
+
+
+class BatchNorm3d(_DropIn, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`, computed by this package, for input of shape (N, C, D, H, W).
+
+    Everything else is as in `BatchNorm1d`. Contiguous and `channels_last_3d` inputs are
+    both computed where they lie.
+    """
+
+
+class LazyBatchNorm1d(_DropIn, nn.LazyBatchNorm1d):
+    """`torch.nn.LazyBatchNorm1d`: becomes a `BatchNorm1d` of this package.
+
+    `num_features` is taken from `input.shape[1]` of the first input. Constructor, state_dict
+    and errors are torch's.
+    """
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_DropIn, nn.LazyBatchNorm2d):
+    """`torch.nn.LazyBatchNorm2d`: becomes a `BatchNorm2d` of this package.
+
+    See `LazyBatchNorm1d`.
+    """
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_DropIn, nn.LazyBatchNorm3d):
+    """`torch.nn.LazyBatchNorm3d`: becomes a `BatchNorm3d` of this package.
+
+    See `LazyBatchNorm1d`.
+    """
+
+    cls_to_become = BatchNorm3d
+
+
+class _BatchNormAct(_NormBase):
+    """Constructor, repr and forward of the fused modules.
+
+    The base is the one that owns the parameters and buffers of torch's batch norm and reads its
+    checkpoints, but not `_BatchNorm`: what replaces `_BatchNorm` modules knows nothing of the
+    activation and would drop it.
+    """
+
+    activation: str
+    activation_param: float
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: str | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        negative_slope: float = 0.01,
+        alpha: float = 1.0,
+        approximate: str = "none",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        resolved = _resolve_activation(activation, negative_slope, alpha, approximate)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        # The op's name and parameter of the activation, the only record of it: both may be
+        # assigned later, and the repr follows.
+        self.activation, self.activation_param = resolved
+
+    def extra_repr(self) -> str:
+        """torch's, followed by the activation as the constructor takes it."""
+        if self.activation == "gelu_tanh":
+            shown = "gelu, approximate=tanh"
+        elif self.activation == "leaky_relu":
+            shown = f"leaky_relu, negative_slope={self.activation_param}"
+        elif self.activation == "elu":
+            shown = f"elu, alpha={self.activation_param}"
+        else:
+            shown = self.activation
+        return f"{super().extra_repr()}, activation={shown}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _forward(self, input, residual, self.activation, self.activation_param)
+
+
+class BatchNormAct1d(_BatchNormAct):
+    """Batch normalisation, an optional residual and an activation in one pass.
+
+    `module(x, residual)` is `activation(BN(x) + residual)` and `module(x)` is
+    `activation(BN(x))`, where BN is what `BatchNorm1d` computes; the formula is at the
+    head of this module.
+
+    `activation` is one of "identity" (or None), "relu", "relu6", "leaky_relu" (with
+    `negative_slope`), "elu" (with `alpha`), "silu", "gelu" (with `approximate`, "none" or
+    "tanh") and "hardswish". The other arguments are those of `torch.nn.BatchNorm1d`.
+
+    Shapes: (N, C) or (N, C, L); `residual` and the output have the input's shape, and
+    `residual` may have any strides.
+
+    Dtypes: as in `BatchNorm1d`; `residual` has the input's dtype.
+
+    Errors: those of `BatchNorm1d`, `ValueError` for an unknown activation, and an error
+    for a residual of another shape or dtype.
+
+    State: parameters, buffers and the state_dict are those of `torch.nn.BatchNorm1d`; either
+    loads the other's checkpoint. The activation is not part of it.
+
+    It is a `torch.nn.Module` but not one of torch's `_BatchNorm`: `convert_sync_batchnorm`
+    leaves it as it is (statistics stay local to the process), and so do `swa_utils.update_bn`
+    and `functorch`'s batch norm replacement.
+
+    Source: Ioffe and Szegedy (2015); the documentation of `torch.nn.BatchNorm1d` and of the
+    activations in `torch.nn`.
+    """
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class BatchNormAct2d(_BatchNormAct):
+    """Fused batch norm, residual and activation for input of shape (N, C, H, W).
+
+    Everything else is as in `BatchNormAct1d`.
+    """
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class BatchNormAct3d(_BatchNormAct):
+    """Fused batch norm, residual and activation for input of shape (N, C, D, H, W).
+
+    Everything else is as in `BatchNormAct1d`.
+    """
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
