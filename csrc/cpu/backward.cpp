@@ -39,18 +39,13 @@ class BackwardOperation {
   void reduce(const Channels& unit, const Part& part) {
     if (!reduces()) return;
     const Geometry geometry(a_.problem, plan_);
-    for (std::int64_t c = unit.begin; c < unit.end;) {
-      const Channels g = geometry.group_at(c, unit);
-      for (std::int64_t i = g.begin; i < g.end; ++i) partials_.at(part.index, i) = GradientSums{};
-      if (geometry.planes()) {
-        reduce_runs(geometry, g, part);
-      } else {
-        const Matrix matrix = geometry.matrix(g), rest = geometry.rest(g);
-        reduce_rows(geometry, g, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
-        if (part.is_last()) reduce_rows(geometry, g, rest, 0, rest.rows, part);
-      }
-      c = g.end;
+    for (std::int64_t c = unit.begin; c < unit.end; ++c) {
+      partials_.at(part.index, c) = GradientSums{};
     }
+    if (geometry.planes()) return reduce_runs(geometry, unit, part);
+    const Matrix matrix = geometry.matrix(unit), rest = geometry.rest(unit);
+    reduce_rows(geometry, unit, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
+    if (part.is_last()) reduce_rows(geometry, unit, rest, 0, rest.rows, part);
   }
 
   void finish(const Channels& channels) {
@@ -77,36 +72,34 @@ class BackwardOperation {
   void apply(const Channels& unit, const Part& part) {
     if (!a_.dx && !a_.dresidual) return;
     const Geometry geometry(a_.problem, plan_);
-    const auto kernel = kernels<T>().backward[static_cast<int>(a_.activation)]
-                                             [geometry.planes() ? K::kShared : K::kPerColumn];
-    for (std::int64_t c = unit.begin; c < unit.end;) {
-      const Channels g = geometry.group_at(c, unit);
-      const std::int64_t cols = geometry.matrix(g).cols;
-      const BackwardParams<A> params{
-          forward_params(geometry, g, cols),
-          a_.training ? spread(slope_, geometry, g, cols, kSlope) : nullptr,
-          a_.training ? spread(offset_, geometry, g, cols, kOffset) : nullptr};
-      geometry.for_each_run(g, part, /*backwards=*/true, [&](const Run& run) {
-        kernel(span(run), params);
+    const auto& table = kernels<T>().backward[static_cast<int>(a_.activation)];
+    const A* const slope = a_.training ? slope_ : nullptr;
+    if (geometry.planes()) {
+      const auto params = affine_.params(a_.activation_param);
+      geometry.for_each_run(unit, part, /*backwards=*/true, [&](const Run& run) {
+        const std::int64_t c = run.channel;
+        table[K::kShared](span(run), {at_channel(params, c), at(slope, c), offset_ + c});
       });
-      c = g.end;
+    } else {
+      const std::int64_t cols = geometry.matrix(unit).cols;
+      const BackwardParams<A> params{
+          affine_.params(a_.activation_param, geometry, unit, cols),
+          slope ? per_column(slope, geometry, unit, cols, kSlope) : nullptr,
+          slope ? per_column<A>(offset_, geometry, unit, cols, kOffset) : nullptr};
+      geometry.for_each_run(unit, part, /*backwards=*/true,
+                            [&](const Run& run) { table[K::kPerColumn](span(run), params); });
     }
   }
 
  private:
+  template <typename Value>
+  static Value* at(Value* base, std::int64_t offset) {
+    return base ? base + offset : nullptr;
+  }
   static const T* at(const void* base, std::int64_t offset) {
-    return base ? static_cast<const T*>(base) + offset : nullptr;
+    return at(static_cast<const T*>(base), offset);
   }
-  static T* at(void* base, std::int64_t offset) {
-    return base ? static_cast<T*>(base) + offset : nullptr;
-  }
-
-  ForwardParams<A> forward_params(const Geometry& geometry, const Channels& g,
-                                  std::int64_t cols) const {
-    return {spread(affine_.center, geometry, g, cols, kCenter),
-            spread(affine_.scale, geometry, g, cols, kScale),
-            spread(affine_.shift, geometry, g, cols, kShift), static_cast<A>(a_.activation_param)};
-  }
+  static T* at(void* base, std::int64_t offset) { return at(static_cast<T*>(base), offset); }
 
   BackwardSpan<T> span(const Run& run) const {
     return {at(a_.x, run.offset),
@@ -119,25 +112,25 @@ class BackwardOperation {
             plan_.stream};
   }
 
-  void reduce_runs(const Geometry& geometry, const Channels& g, const Part& part) {
-    const ForwardParams<A> params = forward_params(geometry, g, 1);
+  void reduce_runs(const Geometry& geometry, const Channels& unit, const Part& part) {
+    const auto params = affine_.params(a_.activation_param);
     const auto kernel = kernels<T>().run_sums[static_cast<int>(a_.activation)];
-    GradientSums& total = partials_.at(part.index, g.begin);
-    geometry.for_each_run(g, part, /*backwards=*/false, [&](const Run& run) {
+    geometry.for_each_run(unit, part, /*backwards=*/false, [&](const Run& run) {
+      GradientSums& total = partials_.at(part.index, run.channel);
       for_each_piece(run, [&](const Run& piece) {
-        kernel(span(piece), params, &total.dz, &total.dz_centered);
+        kernel(span(piece), at_channel(params, run.channel), &total.dz, &total.dz_centered);
       });
     });
   }
 
-  void reduce_rows(const Geometry& geometry, const Channels& g, const Matrix& matrix,
+  void reduce_rows(const Geometry& geometry, const Channels& unit, const Matrix& matrix,
                    std::int64_t begin, std::int64_t end, const Part& part) {
     if (begin >= end) return;
     double* const sum = scratch<double>(kFirstSum, matrix.cols);
     double* const dot = scratch<double>(kSecondSum, matrix.cols);
     std::fill_n(sum, matrix.cols, 0.0);
     std::fill_n(dot, matrix.cols, 0.0);
-    const ForwardParams<A> params = forward_params(geometry, g, matrix.cols);
+    const ForwardParams<A> params = affine_.params(a_.activation_param, geometry, unit, matrix.cols);
     const auto kernel = kernels<T>().column_sums[static_cast<int>(a_.activation)];
     A* const sums = scratch<A>(kChunkSums, column_scratch(matrix.cols));
     BackwardRows<T> rows;
@@ -152,9 +145,9 @@ class BackwardOperation {
       }
       kernel(rows, chunk.count, matrix.cols, sums, params, sum, dot);
     });
-    for (std::int64_t c = 0; c < g.count(); ++c) {
-      const auto columns = geometry.columns_of(c, g, matrix.cols);
-      GradientSums& total = partials_.at(part.index, g.begin + c);
+    for (std::int64_t c = 0; c < unit.count(); ++c) {
+      const auto columns = geometry.columns_of(c, unit, matrix.cols);
+      GradientSums& total = partials_.at(part.index, unit.begin + c);
       for (std::int64_t j = 0; j < columns.count; ++j) {
         total.dz += sum[columns.first + j * columns.step];
         total.dz_centered += dot[columns.first + j * columns.step];

@@ -18,24 +18,28 @@ void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
                    bool backwards) {
   using K = Kernels<T>;
   const Geometry geometry(a.problem, plan);
-  const auto kernel = kernels<T>().forward[static_cast<int>(a.activation)]
-                                          [geometry.planes() ? K::kShared : K::kPerColumn];
+  const auto& table = kernels<T>().forward[static_cast<int>(a.activation)];
   const T* const x = static_cast<const T*>(a.x);
   const T* const residual = static_cast<const T*>(a.residual);
   T* const y = static_cast<T*>(a.y);
-  for (std::int64_t c = unit.begin; c < unit.end;) {
-    const Channels g = geometry.group_at(c, unit);
-    const std::int64_t cols = geometry.matrix(g).cols;
-    const ForwardParams<typename K::A> params{
-        spread(affine.center, geometry, g, cols, kCenter), spread(affine.scale, geometry, g, cols, kScale),
-        spread(affine.shift, geometry, g, cols, kShift),
-        static_cast<typename K::A>(a.activation_param)};
-    geometry.for_each_run(g, part, backwards, [&](const Run& run) {
-      kernel({x + run.offset, residual ? residual + run.offset : nullptr, y + run.offset,
-              mask ? mask + run.mask : nullptr, run.length, plan.stream},
-             params);
+  const auto span = [&](const Run& run) {
+    return ForwardSpan<T>{x + run.offset,
+                          residual ? residual + run.offset : nullptr,
+                          y + run.offset,
+                          mask ? mask + run.mask : nullptr,
+                          run.length,
+                          plan.stream};
+  };
+  if (geometry.planes()) {
+    const auto params = affine.params(a.activation_param);
+    geometry.for_each_run(unit, part, backwards, [&](const Run& run) {
+      table[K::kShared](span(run), at_channel(params, run.channel));
     });
-    c = g.end;
+  } else {
+    const std::int64_t cols = geometry.matrix(unit).cols;
+    const auto params = affine.params(a.activation_param, geometry, unit, cols);
+    geometry.for_each_run(unit, part, backwards,
+                          [&](const Run& run) { table[K::kPerColumn](span(run), params); });
   }
 }
 
@@ -56,18 +60,11 @@ class TrainOperation {
 
   void reduce(const Channels& unit, const Part& part) {
     const Geometry geometry(a_.problem, plan_);
-    for (std::int64_t c = unit.begin; c < unit.end;) {
-      const Channels g = geometry.group_at(c, unit);
-      for (std::int64_t i = g.begin; i < g.end; ++i) partials_.at(part.index, i) = Moments{};
-      if (geometry.planes()) {
-        reduce_runs(geometry, g, part);
-      } else {
-        const Matrix matrix = geometry.matrix(g), rest = geometry.rest(g);
-        reduce_rows(geometry, g, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
-        if (part.is_last()) reduce_rows(geometry, g, rest, 0, rest.rows, part);
-      }
-      c = g.end;
-    }
+    for (std::int64_t c = unit.begin; c < unit.end; ++c) partials_.at(part.index, c) = Moments{};
+    if (geometry.planes()) return reduce_runs(geometry, unit, part);
+    const Matrix matrix = geometry.matrix(unit), rest = geometry.rest(unit);
+    reduce_rows(geometry, unit, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
+    if (part.is_last()) reduce_rows(geometry, unit, rest, 0, rest.rows, part);
   }
 
   void finish(const Channels& channels) {
@@ -96,19 +93,18 @@ class TrainOperation {
     store_value(running, c, (1 - momentum_) * load_value(running, c, 0) + momentum_ * batch);
   }
 
-  void reduce_runs(const Geometry& geometry, const Channels& g, const Part& part) {
+  void reduce_runs(const Geometry& geometry, const Channels& unit, const Part& part) {
     const T* const x = static_cast<const T*>(a_.x);
     const auto kernel = kernels<T>().run_moments;
-    Moments total;
-    geometry.for_each_run(g, part, /*backwards=*/false, [&](const Run& run) {
+    geometry.for_each_run(unit, part, /*backwards=*/false, [&](const Run& run) {
+      Moments& total = partials_.at(part.index, run.channel);
       for_each_piece(run, [&](const Run& piece) {
         total = combine(total, kernel(x + piece.offset, piece.length));
       });
     });
-    partials_.at(part.index, g.begin) = total;
   }
 
-  void reduce_rows(const Geometry& geometry, const Channels& g, const Matrix& matrix,
+  void reduce_rows(const Geometry& geometry, const Channels& unit, const Matrix& matrix,
                    std::int64_t begin, std::int64_t end, const Part& part) {
     if (begin >= end) return;
     double* const mean = scratch<double>(kFirstSum, matrix.cols);
@@ -125,9 +121,9 @@ class TrainOperation {
       kernel(pointers, chunk.count, matrix.cols, sums, rows, mean, m2);
       rows += chunk.count;
     });
-    for (std::int64_t c = 0; c < g.count(); ++c) {
-      const auto columns = geometry.columns_of(c, g, matrix.cols);
-      Moments& total = partials_.at(part.index, g.begin + c);
+    for (std::int64_t c = 0; c < unit.count(); ++c) {
+      const auto columns = geometry.columns_of(c, unit, matrix.cols);
+      Moments& total = partials_.at(part.index, unit.begin + c);
       total = combine(total, combine_equal(mean + columns.first, m2 + columns.first, columns.count,
                                            columns.step, rows));
     }

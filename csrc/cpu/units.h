@@ -33,9 +33,9 @@ struct Matrix {
   std::int64_t mask_offset, mask_stride;
 };
 
-// A contiguous run of elements, and the byte of its first mask bit.
+// A contiguous run of elements, the byte of its first mask bit, and (Scheme::kPlanes) its channel.
 struct Run {
-  std::int64_t offset, mask, length;
+  std::int64_t offset, mask, length, channel;
 };
 
 // What the kernels see of a unit's channels: a matrix whose columns belong to channels, or
@@ -47,11 +47,6 @@ class Geometry {
   bool planes() const { return plan_.scheme == Scheme::kPlanes; }
   // Columns stand for the unit's channels in order, one each.
   bool plain_columns() const { return plan_.scheme == Scheme::kColumns && plan_.fold == 1; }
-
-  // Channels that kernels see together: all of a unit, or one channel's planes.
-  Channels group_at(std::int64_t channel, const Channels& unit) const {
-    return planes() ? Channels{channel, channel + 1} : Channels{channel, unit.end};
-  }
 
   Matrix matrix(const Channels& g) const {
     if (plan_.scheme == Scheme::kExpanded) {
@@ -79,37 +74,39 @@ class Geometry {
     return {channel, g.count(), cols / g.count()};
   }
 
-  // Calls visit(run) for everything in a part of a group, in the order of memory or backwards:
-  // the last rows that a reduction saw are the likeliest to be in a cache.
+  // Calls visit(run) for everything in a part of a unit, in the order of memory or backwards: the
+  // last rows that a reduction saw are the likeliest to be in a cache.
   template <typename Visit>
-  void for_each_run(const Channels& g, const Part& part, bool backwards,
+  void for_each_run(const Channels& unit, const Part& part, bool backwards,
                     const Visit& visit) const {
-    if (planes()) return for_each_plane_run(g.begin, part, backwards, visit);
-    const Matrix m = matrix(g), r = rest(g);
+    if (planes()) return for_each_plane_run(unit, part, backwards, visit);
+    const Matrix m = matrix(unit), r = rest(unit);
     const std::int64_t begin = part.begin(m.rows), end = part.end(m.rows);
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t row = backwards ? end - 1 - (i - begin) : i;
-      visit(Run{m.offset + row * m.stride, m.mask_offset + row * m.mask_stride, m.cols});
+      visit(Run{m.offset + row * m.stride, m.mask_offset + row * m.mask_stride, m.cols, 0});
     }
-    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols});
+    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols, 0});
   }
 
  private:
   // A part may begin and end inside a plane, at a multiple of kCell elements (whole mask bytes).
   template <typename Visit>
-  void for_each_plane_run(std::int64_t channel, const Part& part, bool backwards,
+  void for_each_plane_run(const Channels& unit, const Part& part, bool backwards,
                           const Visit& visit) const {
     constexpr std::int64_t kCell = 64;
     const std::int64_t cells = (p_.s + kCell - 1) / kCell;
-    const std::int64_t begin = part.begin(p_.n * cells), end = part.end(p_.n * cells);
+    const std::int64_t all = p_.n * unit.count() * cells;
+    const std::int64_t begin = part.begin(all), end = part.end(all);
     if (begin == end) return;
-    const std::int64_t first_plane = begin / cells, last_plane = (end - 1) / cells;
-    for (std::int64_t i = first_plane; i <= last_plane; ++i) {
-      const std::int64_t n = backwards ? last_plane - (i - first_plane) : i;
-      const std::int64_t from = std::max(begin - n * cells, std::int64_t{0}) * kCell;
-      const std::int64_t to = std::min((end - n * cells) * kCell, p_.s);
-      const std::int64_t plane = n * p_.c + channel;
-      visit(Run{plane * p_.s + from, plane * mask_row_bytes(p_) + from / 8, to - from});
+    const std::int64_t first = begin / cells, last = (end - 1) / cells;  // planes of the unit
+    for (std::int64_t i = first; i <= last; ++i) {
+      const std::int64_t at = backwards ? last - (i - first) : i;
+      const std::int64_t from = std::max(begin - at * cells, std::int64_t{0}) * kCell;
+      const std::int64_t to = std::min((end - at * cells) * kCell, p_.s);
+      const std::int64_t channel = unit.begin + at % unit.count();
+      const std::int64_t plane = at / unit.count() * p_.c + channel;
+      visit(Run{plane * p_.s + from, plane * mask_row_bytes(p_) + from / 8, to - from, channel});
     }
   }
 
@@ -142,7 +139,8 @@ void for_each_chunk(const Matrix& matrix, std::int64_t begin, std::int64_t end,
 template <typename Visit>
 void for_each_piece(const Run& run, const Visit& visit) {
   for (std::int64_t at = 0; at < run.length; at += kRunLength) {
-    visit(Run{run.offset + at, run.mask + at / 8, std::min<std::int64_t>(kRunLength, run.length - at)});
+    visit(Run{run.offset + at, run.mask + at / 8,
+              std::min<std::int64_t>(kRunLength, run.length - at), run.channel});
   }
 }
 
@@ -251,6 +249,22 @@ void with_dtype(DType dtype, const Body& body) {
 double load_value(const ChannelValues& values, std::int64_t channel, double otherwise);
 void store_value(const ChannelValues& values, std::int64_t channel, double value);
 
+// A unit's entries of a per-channel array, one per column: the array itself where columns are
+// channels, else copies. Runs of one channel take theirs from the array (see at_channel).
+template <typename A>
+const A* per_column(const A* per_channel, const Geometry& geometry, const Channels& unit,
+                    std::int64_t cols, Slot slot) {
+  if (geometry.plain_columns()) return per_channel + unit.begin;
+  A* const out = scratch<A>(slot, cols);
+  for (std::int64_t c = 0; c < unit.count(); ++c) {
+    const auto columns = geometry.columns_of(c, unit, cols);
+    for (std::int64_t j = 0; j < columns.count; ++j) {
+      out[columns.first + j * columns.step] = per_channel[unit.begin + c];
+    }
+  }
+  return out;
+}
+
 // Per-channel parameters of z = (x - center) * scale + shift, and how kernels get at them.
 template <typename T>
 class AffineTable {
@@ -270,26 +284,27 @@ class AffineTable {
     shift[c] = static_cast<A>(bias + (static_cast<double>(center[c]) - mean) * slope);
   }
 
+  // For all channels (runs), or for a unit's columns.
+  ForwardParams<A> params(double activation_param) const {
+    return {center, scale, shift, static_cast<A>(activation_param)};
+  }
+  ForwardParams<A> params(double activation_param, const Geometry& geometry, const Channels& unit,
+                          std::int64_t cols) const {
+    return {per_column(center, geometry, unit, cols, kCenter),
+            per_column(scale, geometry, unit, cols, kScale),
+            per_column(shift, geometry, unit, cols, kShift), static_cast<A>(activation_param)};
+  }
+
   A *center, *scale, *shift;
 
  private:
   std::vector<A> values_;
 };
 
-// A group's entries of a per-channel array as a kernel wants them: the array itself where columns
-// are channels, one value where all columns share it, else a copy per column.
+// Parameters of all channels -> of one.
 template <typename A>
-const A* spread(const A* per_channel, const Geometry& geometry, const Channels& g,
-                std::int64_t cols, Slot slot) {
-  if (geometry.plain_columns() || geometry.planes()) return per_channel + g.begin;
-  A* const out = scratch<A>(slot, cols);
-  for (std::int64_t c = 0; c < g.count(); ++c) {
-    const auto columns = geometry.columns_of(c, g, cols);
-    for (std::int64_t j = 0; j < columns.count; ++j) {
-      out[columns.first + j * columns.step] = per_channel[g.begin + c];
-    }
-  }
-  return out;
+ForwardParams<A> at_channel(const ForwardParams<A>& p, std::int64_t c) {
+  return {p.center + c, p.scale + c, p.shift + c, p.activation_param};
 }
 
 }  // namespace cpu
