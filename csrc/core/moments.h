@@ -23,6 +23,7 @@ inline Moments combine(const Moments& a, const Moments& b) {
 // one's, so that equal means stay exactly equal.
 inline Moments combine_equal(const double* mean, const double* m2, long long columns,
                              long long stride, double count_each) {
+  if (columns == 1) return {mean[0], m2[0], count_each};
   double shift = 0;
   for (long long j = 0; j < columns; ++j) shift += mean[j * stride] - mean[0];
   Moments all;

@@ -10,6 +10,9 @@ namespace {
 constexpr std::int64_t kElementsPerThread = 32 * 1024;
 // Rows this long make every cache set useful, whatever the stride, and keep prefetchers streaming.
 constexpr std::int64_t kRowBytes = 4096;
+// Planes of neighbouring channels are walked together up to such a length: page walks and
+// prefetchers then cost little, and a unit is still small.
+constexpr std::int64_t kRunBytes = 64 * 1024;
 // A narrower group of columns than this wastes what memory transfers beside it.
 constexpr std::int64_t kGroupBytes = 2048;
 // Columns whose double-precision sums stay in the second-level cache beside the data.
@@ -70,8 +73,19 @@ struct Planner {
     return plan;
   }
 
+  // Nothing to reduce, so everything goes in the order of memory.
+  CpuPlan single_pass(CpuPlan plan) const {
+    if (p.layout == Layout::kChannelsFirst) plan.scheme = Scheme::kPlanes;
+    plan.cooperative = true;
+    plan.unit_channels = p.c;
+    return plan;
+  }
+
   CpuPlan planes() const {
     CpuPlan plan{Scheme::kPlanes, false, false, threads, 1, 1};
+    const std::int64_t long_runs = divide_up(kRunBytes, p.s * element());
+    plan.unit_channels = std::max<std::int64_t>(
+        std::min({long_runs, p.c / (4 * threads), l2_budget() / channel_bytes}), 1);
     if (!masked && p.s <= kMaxExpandedPlane && p.n >= kMinExpandedRows) {
       plan.scheme = Scheme::kExpanded;
       const std::int64_t wanted = round_up(divide_up(kRowBytes, p.s * element()), 8);
@@ -118,7 +132,9 @@ CpuPlan plan_cpu(const Problem& problem, Pass pass, bool masked, int threads,
   const std::int64_t channel_bytes = problem.per_channel() * size_of(problem.dtype) * reads;
   const Planner planner{problem, caches, used, masked, channel_bytes};
   CpuPlan plan = problem.layout == Layout::kChannelsLast ? planner.columns() : planner.planes();
-  plan.stream = problem.numel() * size_of(problem.dtype) > caches.l3;
+  if (pass == Pass::kEval) plan = planner.single_pass(plan);
+  // What is written can only stay in a cache that holds what is read beside it.
+  plan.stream = (reads + 1) * problem.numel() * size_of(problem.dtype) > caches.l3;
   apply(forced, problem, masked, &plan);
   return plan;
 }

@@ -76,17 +76,18 @@ class BackwardOperation {
     const A* const slope = a_.training ? slope_ : nullptr;
     if (geometry.planes()) {
       const auto params = affine_.params(a_.activation_param);
-      geometry.for_each_run(unit, part, /*backwards=*/true, [&](const Run& run) {
+      geometry.for_each_run(unit, part, a_.mask != nullptr, /*backwards=*/true, [&](const Run& run) {
         const std::int64_t c = run.channel;
         table[K::kShared](span(run), {at_channel(params, c), at(slope, c), offset_ + c});
       });
     } else {
-      const std::int64_t cols = geometry.matrix(unit).cols;
+      const Matrix matrix = geometry.matrix(unit);
+      const std::int64_t cols = matrix.cols * geometry.rows_at_once(matrix, a_.mask != nullptr);
       const BackwardParams<A> params{
           affine_.params(a_.activation_param, geometry, unit, cols),
           slope ? per_column(slope, geometry, unit, cols, kSlope) : nullptr,
           slope ? per_column<A>(offset_, geometry, unit, cols, kOffset) : nullptr};
-      geometry.for_each_run(unit, part, /*backwards=*/true,
+      geometry.for_each_run(unit, part, a_.mask != nullptr, /*backwards=*/true,
                             [&](const Run& run) { table[K::kPerColumn](span(run), params); });
     }
   }
@@ -109,13 +110,14 @@ class BackwardOperation {
             at(a_.dx, run.offset),
             at(a_.dresidual, run.offset),
             run.length,
+            run.ahead,
             plan_.stream};
   }
 
   void reduce_runs(const Geometry& geometry, const Channels& unit, const Part& part) {
     const auto params = affine_.params(a_.activation_param);
     const auto kernel = kernels<T>().run_sums[static_cast<int>(a_.activation)];
-    geometry.for_each_run(unit, part, /*backwards=*/false, [&](const Run& run) {
+    geometry.for_each_run(unit, part, a_.mask != nullptr, /*backwards=*/false, [&](const Run& run) {
       GradientSums& total = partials_.at(part.index, run.channel);
       for_each_piece(run, [&](const Run& piece) {
         kernel(span(piece), at_channel(params, run.channel), &total.dz, &total.dz_centered);

@@ -28,17 +28,19 @@ void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
                           y + run.offset,
                           mask ? mask + run.mask : nullptr,
                           run.length,
+                          run.ahead,
                           plan.stream};
   };
   if (geometry.planes()) {
     const auto params = affine.params(a.activation_param);
-    geometry.for_each_run(unit, part, backwards, [&](const Run& run) {
+    geometry.for_each_run(unit, part, mask != nullptr, backwards, [&](const Run& run) {
       table[K::kShared](span(run), at_channel(params, run.channel));
     });
   } else {
-    const std::int64_t cols = geometry.matrix(unit).cols;
+    const Matrix matrix = geometry.matrix(unit);
+    const std::int64_t cols = matrix.cols * geometry.rows_at_once(matrix, mask != nullptr);
     const auto params = affine.params(a.activation_param, geometry, unit, cols);
-    geometry.for_each_run(unit, part, backwards,
+    geometry.for_each_run(unit, part, mask != nullptr, backwards,
                           [&](const Run& run) { table[K::kPerColumn](span(run), params); });
   }
 }
@@ -96,7 +98,7 @@ class TrainOperation {
   void reduce_runs(const Geometry& geometry, const Channels& unit, const Part& part) {
     const T* const x = static_cast<const T*>(a_.x);
     const auto kernel = kernels<T>().run_moments;
-    geometry.for_each_run(unit, part, /*backwards=*/false, [&](const Run& run) {
+    geometry.for_each_run(unit, part, /*masked=*/false, /*backwards=*/false, [&](const Run& run) {
       Moments& total = partials_.at(part.index, run.channel);
       for_each_piece(run, [&](const Run& piece) {
         total = combine(total, kernel(x + piece.offset, piece.length));

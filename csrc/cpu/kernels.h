@@ -44,6 +44,7 @@ struct ForwardSpan {
   T* y;
   std::uint8_t* mask;  // or null; bit i % 8 of byte i / 8 belongs to element i
   std::int64_t length;
+  std::int64_t ahead;  // elements from here to the run that comes next, to be prefetched; 0: none
   bool stream;         // store past the caches
 };
 
@@ -56,6 +57,7 @@ struct BackwardSpan {
   T* dx;                     // or null
   T* dresidual;              // or null
   std::int64_t length;
+  std::int64_t ahead;
   bool stream;
 };
 

@@ -36,6 +36,7 @@ struct Matrix {
 // A contiguous run of elements, the byte of its first mask bit, and (Scheme::kPlanes) its channel.
 struct Run {
   std::int64_t offset, mask, length, channel;
+  std::int64_t ahead;  // where the next run starts, from here; 0 where there is none
 };
 
 // What the kernels see of a unit's channels: a matrix whose columns belong to channels, or
@@ -74,19 +75,33 @@ class Geometry {
     return {channel, g.count(), cols / g.count()};
   }
 
+  // Rows that follow each other without a gap are written together: a kernel's call is then long
+  // enough. With a mask, only where its rows have no gap either.
+  std::int64_t rows_at_once(const Matrix& m, bool masked) const {
+    constexpr std::int64_t kLongRun = 1024;
+    const bool no_gap = m.stride == m.cols && (!masked || p_.c % 8 == 0);
+    return no_gap ? std::max<std::int64_t>(kLongRun / m.cols, 1) : 1;
+  }
+
   // Calls visit(run) for everything in a part of a unit, in the order of memory or backwards: the
   // last rows that a reduction saw are the likeliest to be in a cache.
   template <typename Visit>
-  void for_each_run(const Channels& unit, const Part& part, bool backwards,
+  void for_each_run(const Channels& unit, const Part& part, bool masked, bool backwards,
                     const Visit& visit) const {
     if (planes()) return for_each_plane_run(unit, part, backwards, visit);
     const Matrix m = matrix(unit), r = rest(unit);
     const std::int64_t begin = part.begin(m.rows), end = part.end(m.rows);
-    for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t row = backwards ? end - 1 - (i - begin) : i;
-      visit(Run{m.offset + row * m.stride, m.mask_offset + row * m.mask_stride, m.cols, 0});
+    const std::int64_t step = rows_at_once(m, masked);
+    for (std::int64_t done = 0; done < end - begin; done += step) {
+      const std::int64_t count = std::min(step, end - begin - done);
+      const std::int64_t row = backwards ? end - done - count : begin + done;
+      const std::int64_t ahead = done + step >= end - begin ? 0
+                                 : backwards                ? -std::min(step * m.stride, row * m.stride)
+                                                            : step * m.stride;
+      visit(Run{m.offset + row * m.stride, m.mask_offset + row * m.mask_stride, count * m.cols, 0,
+                ahead});
     }
-    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols, 0});
+    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols, 0, 0});
   }
 
  private:
@@ -106,7 +121,7 @@ class Geometry {
       const std::int64_t to = std::min((end - at * cells) * kCell, p_.s);
       const std::int64_t channel = unit.begin + at % unit.count();
       const std::int64_t plane = at / unit.count() * p_.c + channel;
-      visit(Run{plane * p_.s + from, plane * mask_row_bytes(p_) + from / 8, to - from, channel});
+      visit(Run{plane * p_.s + from, plane * mask_row_bytes(p_) + from / 8, to - from, channel, 0});
     }
   }
 
@@ -140,7 +155,7 @@ template <typename Visit>
 void for_each_piece(const Run& run, const Visit& visit) {
   for (std::int64_t at = 0; at < run.length; at += kRunLength) {
     visit(Run{run.offset + at, run.mask + at / 8,
-              std::min<std::int64_t>(kRunLength, run.length - at), run.channel});
+              std::min<std::int64_t>(kRunLength, run.length - at), run.channel, 0});
   }
 }
 
@@ -249,12 +264,12 @@ void with_dtype(DType dtype, const Body& body) {
 double load_value(const ChannelValues& values, std::int64_t channel, double otherwise);
 void store_value(const ChannelValues& values, std::int64_t channel, double value);
 
-// A unit's entries of a per-channel array, one per column: the array itself where columns are
-// channels, else copies. Runs of one channel take theirs from the array (see at_channel).
+// A unit's entries of a per-channel array, one for each of cols columns: the array itself where
+// columns are channels, else copies. Runs of one channel take theirs from it (see at_channel).
 template <typename A>
 const A* per_column(const A* per_channel, const Geometry& geometry, const Channels& unit,
                     std::int64_t cols, Slot slot) {
-  if (geometry.plain_columns()) return per_channel + unit.begin;
+  if (geometry.plain_columns() && cols == unit.count()) return per_channel + unit.begin;
   A* const out = scratch<A>(slot, cols);
   for (std::int64_t c = 0; c < unit.count(); ++c) {
     const auto columns = geometry.columns_of(c, unit, cols);

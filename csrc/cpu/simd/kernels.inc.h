@@ -360,6 +360,7 @@ static void forward(const ForwardSpan<T>& span, const ForwardParams<Accumulate<T
 #pragma GCC unroll 4
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
     const Affine<A> affine = kPerColumn ? affine_at<kPerColumn>(p, at, 0, false) : shared;
+    __builtin_prefetch(s.x + at + s.ahead);
     forward_vector<T, Act, false>(s, affine, p.activation_param, at, kLanes<A>, stream);
   }
   if (at < s.length) {
@@ -543,6 +544,8 @@ static void backward(const BackwardSpan<T>& span, const BackwardParams<Accumulat
   std::int64_t at = 0;
 #pragma GCC unroll 4
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
+    __builtin_prefetch(s.x + at + s.ahead);
+    __builtin_prefetch(s.dy + at + s.ahead);
     if constexpr (kPerColumn) {
       backward_vector<T, Act, true, false>(
           s, p, affine_at<true>(p.forward, at, 0, false), p.slope ? load(p.slope + at) : zero,
