@@ -1,12 +1,8 @@
 #include "bindings/layout.h"
 
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -31,23 +27,6 @@ std::int64_t spatial_size(const at::Tensor& tensor) {
   std::int64_t size = 1;
   for (std::int64_t dim = 2; dim < tensor.dim(); ++dim) size *= tensor.size(dim);
   return size;
-}
-
-// A fresh block above the C library's mmap threshold costs a page fault per 4 KiB, which takes
-// several times as long as filling it (docs/measured-facts.md). Huge pages make that one per 2 MiB;
-// the kernel may ignore the hint.
-void ask_for_huge_pages(const at::Tensor& tensor) {
-#if defined(__linux__)
-  constexpr std::uintptr_t kPage = 4096;
-  constexpr std::size_t kWorthwhile = 4 << 20;
-  if (tensor.nbytes() < kWorthwhile) return;
-  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
-  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const std::uintptr_t last = (begin + tensor.nbytes()) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)tensor;
-#endif
 }
 
 }  // namespace
@@ -82,12 +61,6 @@ Problem problem_of(const at::Tensor& input) {
   if (c == 1) return {Layout::kChannelsFirst, dtype, 1, 1, n * s};
   if (s == 1 || !input.is_contiguous()) return {Layout::kChannelsLast, dtype, n, c, s};
   return {Layout::kChannelsFirst, dtype, n, c, s};
-}
-
-at::Tensor empty_output(const at::Tensor& like) {
-  at::Tensor output = at::empty_like(like);
-  ask_for_huge_pages(output);
-  return output;
 }
 
 ChannelValues channel_values(const OptionalTensor& values, const char* name) {

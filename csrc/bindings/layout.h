@@ -21,9 +21,6 @@ at::Tensor in_layout(const at::Tensor& tensor, Layout layout);
 // The problem that a tensor from in_some_layout poses.
 Problem problem_of(const at::Tensor& input);
 
-// Uninitialised, like a tensor from in_some_layout; large ones ask for huge pages.
-at::Tensor empty_output(const at::Tensor& like);
-
 ChannelValues channel_values(const OptionalTensor& values, const char* name);
 
 }  // namespace bindings

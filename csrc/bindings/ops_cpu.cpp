@@ -1,9 +1,12 @@
 // The operators on CPU tensors: checks, tensors -> problem, allocation, the call.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "bindings/checks.h"
 #include "bindings/layout.h"
@@ -36,10 +39,42 @@ OptionalTensor readable(const OptionalTensor& values) {
   return values->dim() == 1 ? *values : values->reshape(-1);
 }
 
-at::Tensor empty_mask(const at::Tensor& input, const Problem& problem, bool wanted) {
-  const auto options = input.options().dtype(at::kByte);
-  if (!wanted) return at::empty({0}, options);
-  return at::empty({mask_rows(problem), mask_row_bytes(problem)}, options);
+// A fresh block above the C library's mmap threshold costs a page fault per 4 KiB, which takes
+// several times as long as filling it (docs/measured-facts.md). Huge pages make that one per 2 MiB;
+// the kernel may ignore the hint.
+void ask_for_huge_pages(const at::Tensor& tensor) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = 4096;
+  constexpr std::size_t kWorthwhile = 4 << 20;
+  if (tensor.nbytes() < kWorthwhile) return;
+  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
+  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const std::uintptr_t last = (begin + tensor.nbytes()) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)tensor;
+#endif
+}
+
+// Allocation without the dispatcher, which takes longer than the kernels do on a small tensor.
+at::Tensor empty_matrix(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::Tensor(at::detail::empty_cpu(sizes, dtype));
+}
+
+at::Tensor empty_output(const at::Tensor& like) {
+  at::Tensor output(
+      at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()));
+  ask_for_huge_pages(output);
+  return output;
+}
+
+at::Tensor empty_like_values(const at::Tensor& values) {
+  return empty_matrix(values.sizes(), values.scalar_type());
+}
+
+at::Tensor empty_mask(const Problem& problem, bool wanted) {
+  if (!wanted) return empty_matrix({0}, at::kByte);
+  return empty_matrix({mask_rows(problem), mask_row_bytes(problem)}, at::kByte);
 }
 
 void check_forward(const at::Tensor& input, const OptionalTensor& residual,
@@ -73,9 +108,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_train(
   const OptionalTensor r = in_layout_of(residual, problem), w = readable(weight),
                        b = readable(bias);
   const at::Tensor y = empty_output(x);
-  const auto in_double = x.options().dtype(at::kDouble);
-  const at::Tensor mean = at::empty({problem.c}, in_double), invstd = at::empty_like(mean);
-  const at::Tensor mask = empty_mask(x, problem, save_mask && is_piecewise_linear(activation));
+  const at::Tensor mean = empty_matrix({problem.c}, at::kDouble);
+  const at::Tensor invstd = empty_matrix({problem.c}, at::kDouble);
+  const at::Tensor mask = empty_mask(problem, save_mask && is_piecewise_linear(activation));
   const bool masked = mask.numel() > 0;
   if (problem.numel() > 0) {
     const cpu::ForwardTrain call{
@@ -137,8 +172,8 @@ std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mea
               running_mean.numel(), " elements not ", running_var.numel());
   check_eps(eps, false);
   const OptionalTensor m = readable(running_mean), v = readable(running_var);
-  const at::Tensor mean = at::empty({m->numel()}, m->options().dtype(at::kDouble));
-  const at::Tensor invstd = at::empty_like(mean);
+  const at::Tensor mean = empty_matrix({m->numel()}, at::kDouble);
+  const at::Tensor invstd = empty_matrix({m->numel()}, at::kDouble);
   cpu::eval_statistics(channel_values(m, "running_mean"), channel_values(v, "running_var"), eps,
                        m->numel(), mean.data_ptr<double>(), invstd.data_ptr<double>());
   return {mean, invstd};
@@ -187,11 +222,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const at::Tensor dy = in_layout(grad_output, problem.layout);
   const OptionalTensor r = bits ? std::nullopt : in_layout_of(residual, problem),
                        w = readable(weight), b = readable(bias);
-  const auto none = [&] { return at::empty({0}, x.options()); };
+  const auto none = [&] { return empty_matrix({0}, x.scalar_type()); };
   const at::Tensor dx = output_mask[0] ? empty_output(x) : none();
   const at::Tensor dresidual = output_mask[1] ? empty_output(x) : none();
-  const at::Tensor dweight = output_mask[2] ? at::empty_like(*weight) : none();
-  const at::Tensor dbias = output_mask[3] ? at::empty_like(*bias) : none();
+  const at::Tensor dweight = output_mask[2] ? empty_like_values(*weight) : none();
+  const at::Tensor dbias = output_mask[3] ? empty_like_values(*bias) : none();
   if (problem.numel() == 0) {
     for (const at::Tensor& gradient : {dweight, dbias}) gradient.zero_();
     return {dx, dresidual, dweight, dbias};
