@@ -79,7 +79,8 @@ class Geometry {
   // enough. With a mask, only where its rows have no gap either.
   std::int64_t rows_at_once(const Matrix& m, bool masked) const {
     constexpr std::int64_t kLongRun = 1024;
-    const bool no_gap = m.stride == m.cols && (!masked || p_.c % 8 == 0);
+    const bool no_gap = plan_.scheme == Scheme::kColumns && m.stride == m.cols &&
+                        (!masked || p_.c % 8 == 0);
     return no_gap ? std::max<std::int64_t>(kLongRun / m.cols, 1) : 1;
   }
 
