@@ -133,6 +133,8 @@ def _(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     _check_residual(input, residual)
+    if num_batches_tracked is not None:
+        _check_device(input, "num_batches_tracked", num_batches_tracked)
     output = _empty_like(input)
     mean = torch.empty(input.size(1), dtype=torch.float64, device=input.device)
     masked = save_mask and activation in _PIECEWISE_LINEAR

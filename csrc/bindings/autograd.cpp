@@ -4,10 +4,9 @@
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardswish_backward.h>
-#include <ATen/ops/hardtanh_backward.h>
-#include <ATen/ops/leaky_relu_backward.h>
-#include <ATen/ops/silu_backward.h>
-#include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/SymIntArrayRef.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -36,27 +35,23 @@ struct Settings : torch::CustomClassHolder {
   std::array<bool, 4> given{};  // which of the differentiable arguments
 };
 
-// Positions of the Function's tensors, in both directions.
-enum Argument { kInput, kResidual, kWeight, kBias, kDifferentiable };
+// Positions of the saved tensors; the first four are those of the arguments and their gradients.
+enum Saved { kInput, kResidual, kWeight, kBias, kMean, kInvstd, kMask };
 
 OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
 
-// dy * act'(z) in operators that are differentiable themselves.
-at::Tensor activation_gradient(const at::Tensor& dy, const at::Tensor& z, const Settings& s) {
+// dy * act'(z) of the smooth activations, in operators that are differentiable themselves.
+at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Settings& s) {
   switch (s.activation) {
-    case Activation::kRelu:
-      return at::threshold_backward(dy, z, 0);
-    case Activation::kRelu6:
-      return at::hardtanh_backward(dy, z, 0, 6);
-    case Activation::kLeakyRelu:
-      return at::leaky_relu_backward(dy, z, s.activation_param, false);
     case Activation::kElu:
       return at::elu_backward(dy, s.activation_param, 1, 1, false, z);
-    case Activation::kSilu:
-      return at::silu_backward(dy, z);
+    case Activation::kSilu: {
+      const at::Tensor sigmoid = z.sigmoid();
+      return dy * sigmoid * (1 + z * (1 - sigmoid));
+    }
     case Activation::kGelu:
       return at::gelu_backward(dy, z, "none");
     case Activation::kGeluTanh:
@@ -66,6 +61,18 @@ at::Tensor activation_gradient(const at::Tensor& dy, const at::Tensor& z, const 
     default:
       return dy;
   }
+}
+
+// The kernels' own act'(z) of the piecewise-linear ones, a constant almost everywhere: 1, or less
+// where the forward pass dropped the element.
+at::Tensor is_kept(const variable_list& saved, const Settings& s) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor ones = at::ones_like(saved[kInput]);
+  const auto gradients = ops::backward(
+      ones, saved[kInput], optional(saved[kResidual]), optional(saved[kWeight]),
+      optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]), s.training,
+      s.activation_name, 0, {false, true, false, false});
+  return std::get<1>(gradients) == 1;
 }
 
 // The gradients by the formula of cpu/batchnorm.h, as a differentiable function of dy, input,
@@ -85,24 +92,25 @@ variable_list differentiable_backward(const at::Tensor& grad_output, const varia
     return values.to(dtype).reshape(per_channel);
   };
 
-  const at::Tensor x = input.to(dtype), dy = grad_output.to(dtype);
-  at::Tensor centered, invstd;
+  const at::Tensor dy = grad_output.to(dtype);
+  // A shift by the mean as a constant changes no derivative, and keeps the digits of x far from 0.
+  at::Tensor centered = input.to(dtype) - channels(saved[kMean]);
+  at::Tensor invstd = channels(saved[kInvstd]);
   if (s.training) {
-    centered = x - x.mean(dims, true);
+    centered = centered - centered.mean(dims, true);
     invstd = (centered.square().mean(dims, true) + s.eps).rsqrt();
-  } else {
-    centered = x - channels(saved[kDifferentiable]);
-    invstd = channels(saved[kDifferentiable + 1]);
   }
   const at::Tensor normalized = centered * invstd;
   at::Tensor dz = dy;
-  if (s.activation != Activation::kIdentity) {
+  if (is_piecewise_linear(s.activation)) {
+    const bool leaky = s.activation == Activation::kLeakyRelu;
+    dz = at::where(is_kept(saved, s), dy, leaky ? dy * s.activation_param : at::zeros_like(dy));
+  } else if (s.activation != Activation::kIdentity) {
     at::Tensor z = normalized;
     if (weight.defined()) z = z * channels(weight);
     if (bias.defined()) z = z + channels(bias);
     if (residual.defined()) z = z + residual.to(dtype);
-    if (is_piecewise_linear(s.activation)) z = z.to(input.scalar_type()).to(dtype);
-    dz = activation_gradient(dy, z, s);
+    dz = smooth_gradient(dy, z, s);
   }
   const auto shaped_like = [](const at::Tensor& gradient, const at::Tensor& value) {
     return gradient.reshape_symint(value.sym_sizes()).to(value.scalar_type());
@@ -147,7 +155,8 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
       std::tie(mean, invstd) = ops::eval_statistics(*s.running_mean, *s.running_var, s.eps);
     }
     s.running_mean = s.running_var = s.num_batches_tracked = std::nullopt;
-    ctx->save_for_backward({input, identity ? at::Tensor() : or_undefined(residual),
+    const bool save_residual = !identity && !use_mask;
+    ctx->save_for_backward({input, save_residual ? or_undefined(residual) : at::Tensor(),
                             or_undefined(weight), or_undefined(bias),
                             mean, invstd, mask});
     s.given = {true, residual.has_value(), weight.has_value(), bias.has_value()};
@@ -178,7 +187,7 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
                                        needed[kWeight], needed[kBias]};
     const auto [dx, dresidual, dweight, dbias] = ops::backward(
         grad_outputs[0], saved[kInput], optional(saved[kResidual]), optional(saved[kWeight]),
-        optional(saved[kBias]), saved[4], saved[5], optional(saved[6]), s.training,
+        optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]), s.training,
         s.activation_name, s.activation_param, computed);
     if (computed[kInput]) gradients[kInput] = dx;
     if (needed[kResidual]) gradients[kResidual] = pass_on ? grad_outputs[0] : dresidual;
@@ -228,6 +237,11 @@ void check_call(const at::Tensor& input, const OptionalTensor& running_mean,
   TORCH_CHECK(training || running_mean.has_value(),
               "running_mean must be defined in evaluation mode");
   check_eps(eps, training);
+  for (const auto& [buffer, name] :
+       {std::pair{running_mean, "running_mean"}, std::pair{running_var, "running_var"}}) {
+    TORCH_CHECK(!buffer || !buffer->requires_grad() || !at::GradMode::is_enabled(),
+                "the derivative for '", name, "' is not implemented");
+  }
 }
 
 bool needs_graph(const at::Tensor& input, const OptionalTensor& residual,

@@ -62,10 +62,9 @@ class BackwardOperation {
       const double dz_deviation = sums.dz_centered - lost * sums.dz;  // sum(dz * (x - mean))
       store_value(a_.dbias, c, sums.dz);
       store_value(a_.dweight, c, invstd * dz_deviation);
-      const double scale = load_value(a_.weight, c, 1) * invstd;
-      const double slope = -scale * invstd * invstd * dz_deviation / n;
+      const double slope = -invstd * invstd * dz_deviation / n;
       slope_[c] = static_cast<A>(slope);
-      offset_[c] = static_cast<A>(-scale * sums.dz / n - lost * slope);
+      offset_[c] = static_cast<A>(-sums.dz / n - lost * slope);
     }
   }
 

@@ -28,7 +28,7 @@ struct ForwardParams {
   A activation_param;
 };
 
-// dx = scale * dz + (x - center) * slope + offset; slope and offset are null in eval mode.
+// dx = scale * (dz + (x - center) * slope + offset); slope and offset are null in eval mode.
 template <typename A>
 struct BackwardParams {
   ForwardParams<A> forward;

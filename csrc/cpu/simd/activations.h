@@ -5,7 +5,7 @@
 
 // exp(x): x = k ln2 + r, Taylor series of degree 7 on |r| <= ln2 / 2 (remainder 5e-9).
 BN_INLINE Vec<float> exp(const Vec<float>& x) {
-  const Vec<float> low = set1(-87.33654f), high = set1(88.72283f);
+  const Vec<float> low = set1(-104.0f), high = set1(89.0f);  // exp of these is 0 and inf
   const Vec<float> clamped = select(x < low, low, select(x > high, high, x));
   const Vec<float> magic = set1(12582912.0f);  // 1.5 * 2^23: its sum with k has k in the low bits
   // Half of 2^k twice, since k = 128 has no float of its own.
@@ -137,7 +137,7 @@ struct LeakyRelu {
   }
   template <typename A>
   BN_INLINE Lanes<A> drops(const Vec<A>& z) {
-    return z <= set1(A(0));
+    return ~(z > set1(A(0)));  // nan too
   }
   template <typename A>
   BN_INLINE Vec<A> dropped(const Vec<A>& dy, A slope) {
@@ -192,7 +192,10 @@ struct GeluTanh {
     return z * sigmoid(twice_u(z));
   }
   template <typename A>
-  BN_INLINE Vec<A> derivative(const Vec<A>& z, A) {
+  BN_INLINE Vec<A> derivative(const Vec<A>& any, A) {
+    // Beyond 64 it is 0 or 1, and z^2 could overflow.
+    const Vec<A> low = set1(A(-64)), high = set1(A(64));
+    const Vec<A> z = select(any < low, low, select(any > high, high, any));
     const Vec<A> s = sigmoid(twice_u(z));
     const Vec<A> slope = fma(z * z, set1(A(kTwiceRoot * 3 * 0.044715)), set1(A(kTwiceRoot)));
     return fma(z * s * (set1(A(1)) - s), slope, s);
@@ -216,6 +219,6 @@ struct Hardswish {
   template <typename A>
   BN_INLINE Vec<A> derivative(const Vec<A>& z, A) {
     const Vec<A> middle = z / set1(A(3)) + set1(A(0.5));
-    return select(z < set1(A(-3)), set1(A(0)), select(z > set1(A(3)), set1(A(1)), middle));
+    return select(z <= set1(A(-3)), set1(A(0)), select(z >= set1(A(3)), set1(A(1)), middle));
   }
 };

@@ -502,7 +502,7 @@ static void run_sums(const BackwardSpan<T>& span, const ForwardParams<Accumulate
   }
 }
 
-// ---- backward: dx = scale * dz + (x - center) * slope + offset ----
+// ---- backward: dx = scale * (dz + (x - center) * slope + offset) ----
 
 template <typename T, typename Act, bool kPerColumn, bool kPartial>
 BN_INLINE void backward_vector(const BackwardSpan<T>& s, const BackwardParams<Accumulate<T>>& p,
@@ -516,8 +516,8 @@ BN_INLINE void backward_vector(const BackwardSpan<T>& s, const BackwardParams<Ac
   const Vec<A> dz = activation_gradient<T, Act>(
       dy, centered, affine, s.residual ? s.residual + at : nullptr, s.mask, at,
       p.forward.activation_param, lanes, kPartial);
-  const Vec<A> dx = p.slope ? fma(affine.scale, dz, fma(slope, centered, offset))
-                            : affine.scale * dz;
+  const Vec<A> inner = p.slope ? dz + fma(slope, centered, offset) : dz;
+  const Vec<A> dx = affine.scale * inner;
   if constexpr (kPartial) {
     if (s.dx) store(s.dx + at, dx, lanes);
     if (s.dresidual) store(s.dresidual + at, dz, lanes);

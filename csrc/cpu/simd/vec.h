@@ -73,6 +73,13 @@ BN_INLINE Lanes<A> operator|(const Lanes<A>& a, const Lanes<A>& b) {
 }
 
 template <typename A>
+BN_INLINE Lanes<A> operator~(const Lanes<A>& a) {
+  Lanes<A> r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = ~a.part[i];
+  return r;
+}
+
+template <typename A>
 BN_INLINE Vec<A> set1(A value) {
   Vec<A> r;
   for (int i = 0; i < kParts; ++i) r.part[i] = value - typename NativeOf<A>::type{};

@@ -1,0 +1,153 @@
+# From a fresh clone, on a machine with python3 (and its headers), make and gcc:
+#
+#   make test          build, then every test but the slow ones
+#   make benchmark     build, then the quick benchmark and the demonstration
+#
+# VENV=path            a virtual environment of your own; the torch it has is kept
+# PYTHON=python3.12    the Python that .venv is made with
+# TORCH_SPEC=...       the torch to install where the environment has none
+# TORCH_INDEX_URL=...  a package index to look for it in, besides pip's own
+# MAX_JOBS=N           compile N files at once
+# PYTEST_ARGS=...      more arguments for pytest
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+override VENV := $(abspath $(VENV))
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/.batchnorm_ext
+export PATH := $(VENV)/bin:$(PATH)
+
+# PyPI's torch for Linux on x86-64 brings gigabytes of CUDA libraries. Where no NVIDIA driver is
+# visible the CPU build is asked for by name, which fails rather than fetch the other one.
+TORCH_VERSION := 2.13.0
+HAS_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi)
+WANTS_CPU := $(if $(HAS_DRIVER),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
+TORCH_SPEC ?= torch==$(TORCH_VERSION)$(if $(WANTS_CPU),+cpu)
+TORCH_INDEX_URL ?=
+
+PIP := $(PY) -m pip --disable-pip-version-check
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help build test test-slow sanitize benchmark benchmark-smoke lint format typecheck \
+        nvcc-check clean
+
+help:  ## this list
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ---- environment -------------------------------------------------------------------------------
+
+# Debian's python3 comes without ensurepip where python3-venv is missing; virtualenv does without.
+$(PY):
+	@if [ -e '$(VENV)' ]; then echo 'make: $(VENV) is there, but has no bin/python' >&2; exit 1; fi
+	@echo 'creating $(VENV)'
+	@if ! $(PYTHON) -m venv '$(VENV)' >/dev/null 2>&1; then \
+	    rm -rf '$(VENV)' .bootstrap; \
+	    echo 'python3 -m venv does not work here, trying virtualenv'; \
+	    $(PYTHON) -m pip install --quiet --target .bootstrap virtualenv \
+	        && PYTHONPATH=.bootstrap $(PYTHON) -m virtualenv --quiet '$(VENV)' \
+	        || { echo 'make: no venv and no virtualenv: apt-get install python3-venv' >&2; exit 1; }; \
+	    rm -rf .bootstrap; \
+	fi
+
+# numpy, because torch warns at every import without it.
+$(STAMPS)/torch: | $(PY)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	@if ! $(PY) -c 'import torch' 2>/dev/null; then \
+	    $(PIP) install $(if $(TORCH_INDEX_URL),--extra-index-url '$(TORCH_INDEX_URL)') '$(TORCH_SPEC)' \
+	    || { printf '%s\n' '' "make: pip found no $(TORCH_SPEC). One of these helps:" \
+	        '  make ... TORCH_INDEX_URL=<the CPU index named on the PyTorch installation page>' \
+	        '  make ... TORCH_SPEC=torch==$(TORCH_VERSION)   (the default build, 3 GB with CUDA)' \
+	        '  make ... VENV=<a virtual environment that has torch>' >&2; exit 1; }; \
+	fi
+	@$(PIP) install --quiet 'setuptools>=77.0.3' ninja numpy
+	@$(PY) -c 'import torch; print("torch", torch.__version__, "in $(VENV)")'
+	@mkdir -p $(@D) && touch $@
+
+# What an extra in pyproject.toml asks for, without the package itself (which is built in place).
+define LIST_EXTRA
+import sys
+try:
+    import tomllib
+except ModuleNotFoundError:
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+for name in sys.argv[1:]:
+    print("\n".join(line for line in extras[name] if not line.startswith("batchnorm_ext")))
+endef
+export LIST_EXTRA
+INSTALL_EXTRA = $(PY) -c "$$LIST_EXTRA" $(1) | $(PIP) install --quiet -r /dev/stdin && touch $@
+
+$(STAMPS)/test: pyproject.toml | $(STAMPS)/torch
+	@$(call INSTALL_EXTRA,test)
+$(STAMPS)/bench: pyproject.toml | $(STAMPS)/torch
+	@$(call INSTALL_EXTRA,bench)
+$(STAMPS)/dev: pyproject.toml | $(STAMPS)/torch
+	@$(call INSTALL_EXTRA,test bench dev)
+
+# ---- build -------------------------------------------------------------------------------------
+
+# One stamp, named after the environment: a build for another one is a build for another torch.
+# Folders are prerequisites too, so that a file that was added or removed counts.
+BUILT := build/built-for$(subst /,-,$(VENV))
+$(BUILT): setup.py batchnorm_ext/_version.py $(shell find csrc) \
+        $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py) | $(STAMPS)/torch
+	@mkdir -p $(@D) && rm -f $(@D)/built-for*
+	$(PY) setup.py build_ext --inplace
+	@touch $@
+ifeq ($(wildcard batchnorm_ext/_C*.so),)
+.PHONY: $(BUILT)
+endif
+
+build: $(BUILT)  ## build the extension in place
+
+# ---- run ---------------------------------------------------------------------------------------
+
+test: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## every test but the slow ones
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## the slow tests: about 10 GB of memory
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+sanitize: $(BUILT) $(STAMPS)/test  ## the CPU kernels under AddressSanitizer and UBSan
+	$(PY) -m pytest tests/test_sanitizers.py $(PYTEST_ARGS)
+
+benchmark: $(BUILT) $(STAMPS)/bench  ## the quick benchmark, then training on real images
+	$(PY) -m benchmarks run --preset quick
+	$(PY) -m benchmarks demo
+
+benchmark-smoke: $(BUILT) $(STAMPS)/bench  ## the smallest run that exercises the benchmarks
+	$(PY) -m benchmarks run --preset smoke
+
+# ---- check -------------------------------------------------------------------------------------
+
+lint: $(STAMPS)/dev  ## ruff and clang-format, changing nothing
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMPS)/dev  ## ruff and clang-format, changing files
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+typecheck: $(STAMPS)/dev  ## mypy
+	$(PY) -m mypy
+
+# csrc/core is compiled by both compilers, as C++17 by nvcc.
+nvcc-check:  ## csrc/core under nvcc, where there is one
+	@if ! command -v nvcc >/dev/null; then echo '*** SKIPPED: no nvcc, csrc/core not checked'; exit 0; fi; \
+	for file in $$(find csrc/core -name '*.h' -o -name '*.cpp'); do \
+	    echo "nvcc $$file"; \
+	    nvcc -std=c++17 -Werror all-warnings -I csrc -include "$${file#csrc/}" -x cu -c -o /dev/null \
+	        /dev/null; \
+	done
+
+clean:  ## remove what was built (.venv stays)
+	rm -rf build dist *.egg-info batchnorm_ext/_C*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,187 @@
+"""The command line: run, compare, plot, env, demo. torch is loaded by the commands, not here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import shapes
+
+ALLOCATORS = ("default", "huge-pages")
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _choices(text: str | None, known: Sequence[str], option: str) -> tuple[str, ...]:
+    """The comma-separated values of an option, each one of `known`; 'all' means every one."""
+    if not text:
+        return ()
+    values = tuple(known) if text == "all" else tuple(part.strip() for part in text.split(","))
+    for value in values:
+        if value not in known:
+            raise typer.BadParameter(f"--{option}: {value!r} is not one of {', '.join(known)}")
+    return values
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        values = (0,)
+    if any(value < 1 for value in values):
+        raise typer.BadParameter(f"--threads: expected positive numbers such as 1,2, got {text!r}")
+    return values
+
+
+def _require_extension() -> None:
+    try:
+        import batchnorm_ext  # noqa: F401
+    except ImportError as error:
+        print(
+            f"benchmarks: batchnorm_ext cannot be imported ({error}); build it first: "
+            "python setup.py build_ext --inplace",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from benchmarks.results import read_json
+
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def run(
+    preset: Annotated[str, typer.Option(help=", ".join(shapes.PRESETS))] = "quick",
+    device: Annotated[str, typer.Option(help=", ".join(shapes.DEVICES))] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help=", ".join(shapes.DTYPES))] = None,
+    layout: Annotated[str | None, typer.Option(help=", ".join(shapes.LAYOUTS))] = None,
+    mode: Annotated[str | None, typer.Option(help="train (forward, backward), eval")] = None,
+    op: Annotated[str | None, typer.Option(help=", ".join(shapes.OPS))] = None,
+    direction: Annotated[str | None, typer.Option(help=", ".join(shapes.DIRECTIONS))] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="32x64x56x56; repeatable")] = None,
+    threads: Annotated[str | None, typer.Option(help="such as 1,2")] = None,
+    baseline: Annotated[str | None, typer.Option(help=", ".join(shapes.BASELINES))] = None,
+    allocator: Annotated[
+        str, typer.Option(help="huge-pages: torch's allocator asks for them, for all candidates")
+    ] = "default",
+    budget: Annotated[float | None, typer.Option(help="seconds for the cases")] = None,
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+    json: Annotated[bool, typer.Option(help="write the result file")] = True,
+    csv: Annotated[bool, typer.Option(help="write every case as CSV")] = False,
+    md: Annotated[bool, typer.Option(help="write the tables as Markdown")] = False,
+    plot: Annotated[bool, typer.Option(help="draw the result (PNG and SVG)")] = False,
+) -> None:
+    """Check and time the cases of a preset, narrowed by comma-separated options ('all' works)."""
+    if preset not in shapes.PRESETS:
+        raise typer.BadParameter(f"--preset: {preset!r} is not one of {', '.join(shapes.PRESETS)}")
+    if allocator not in ALLOCATORS:
+        raise typer.BadParameter(f"--allocator: {allocator!r} is not one of {ALLOCATORS}")
+    _choices(device, shapes.DEVICES, "device")
+    modes = _choices(mode, tuple(shapes.MODES), "mode")
+    directions = _choices(direction, shapes.DIRECTIONS, "direction")
+    if modes:
+        allowed = [d for name in modes for d in shapes.MODES[name]]
+        directions = tuple(d for d in allowed if not directions or d in directions)
+        if not directions:
+            raise typer.BadParameter(f"--mode {mode} has no direction {direction}")
+    try:
+        sizes = tuple(shapes.find_shape(text) for text in shape or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    selection = shapes.Selection(
+        shapes=sizes,
+        layouts=_choices(layout, shapes.LAYOUTS, "layout"),
+        dtypes=_choices(dtype, shapes.DTYPES, "dtype"),
+        ops=_choices(op, shapes.OPS, "op"),
+        directions=directions,
+        baselines=_choices(baseline, shapes.BASELINES, "baseline"),
+        threads=_numbers(threads),
+    )
+    if allocator == "huge-pages":  # read by torch at its first allocation
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+    _require_extension()
+    from benchmarks import measure
+
+    formats = {"json": json, "csv": csv, "md": md, "plot": plot}
+    wanted = [name for name, chosen in formats.items() if chosen]
+    raise typer.Exit(measure.run(preset, selection, budget, output, wanted))
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="one result file, or two to compare")],
+    candidate: Annotated[str, typer.Option(help="whose times, with two files")] = "ours",
+) -> None:
+    """Show the tables of one result file, or two files side by side."""
+    from benchmarks import report, results
+
+    if len(files) > 2:
+        raise typer.BadParameter("compare takes one or two files")
+    documents = [_read(path) for path in files]
+    console = report.make_console()
+    if len(documents) == 1:
+        report.print_report(documents[0], console)
+        return
+    first, second = (document["environment"] for document in documents)
+    for key in ("cpu", "torch", "torch_allocator", "cpu_capability"):
+        pair = [env.get(key, env["batchnorm_ext"].get(key)) for env in (first, second)]
+        if pair[0] != pair[1]:
+            console.print(f"[yellow]different {key}:[/yellow] {pair[0]} | {pair[1]}")
+    console.print(
+        "Two runs are not interleaved: the machine's state differs between them.", style="dim"
+    )
+    frames = [results.frame(document) for document in documents]
+    try:
+        table = report.compare_table(frames[0], frames[1], candidate, ["first", "second"])
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    console.print(table)
+
+
+@app.command()
+def plot(
+    file: Annotated[Path, typer.Argument(help="a result file")],
+    output: Annotated[Path | None, typer.Option(help="folder; default: the file's own")] = None,
+) -> None:
+    """Draw a result file: PNG and SVG."""
+    from benchmarks import plots
+
+    for path in plots.draw(_read(file), (output or file.parent) / file.stem):
+        print(path)
+
+
+@app.command()
+def env() -> None:
+    """Show what a result file records about this machine, and torch's own report."""
+    _require_extension()
+    from rich import print_json
+    from torch.utils import collect_env
+
+    from benchmarks import environment
+
+    print_json(data={"git": environment.git_state(), **environment.collect()})
+    print(collect_env.get_pretty_env_info())
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    seeds: Annotated[int, typer.Option(min=2)] = 5,
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+) -> None:
+    """Train a small network on real images with torch's, the converted and the fused modules."""
+    _require_extension()
+    from benchmarks import demo as training
+
+    raise typer.Exit(training.run(epochs, seeds, output))

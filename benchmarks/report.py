@@ -1,0 +1,215 @@
+"""What the terminal shows of a result: rich tables, drawn after the timing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.candidates import OURS
+from benchmarks.limits import FASTEST
+from benchmarks.results import CASE_KEYS
+from benchmarks.shapes import BASELINES, DIRECTIONS
+from benchmarks.timing import Ratio, Stats
+
+WIDTH = 120
+WIDTH_PER_PEER = 18
+# Share of the control's pairs that the rule may call different before a run counts as disturbed.
+DISTURBED = 0.1
+SHORT = {
+    "channels_first": "first",
+    "channels_last": "last",
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float64": "fp64",
+}
+
+
+def make_console() -> Console:
+    """A console at least as wide as the tables: a narrower terminal wraps them, nothing is cut."""
+    return Console(width=max(WIDTH, Console().width))
+
+
+def simple_table(title: str) -> Table:
+    """The one style of all tables."""
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def time_text(seconds: float) -> str:
+    """Three digits with a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def ratio_text(speedup: dict[str, Any] | None) -> str:
+    """The ratio; ~ where the quartiles overlap; empty where there is none."""
+    return str(Ratio(speedup["ratio"], speedup["decided"])) if speedup else ""
+
+
+def _baselines(result: dict[str, Any]) -> list[str]:
+    return [b for b in BASELINES if any(b in case["speedup"] for case in result["cases"])]
+
+
+def case_table(result: dict[str, Any]) -> Table:
+    """One line per group: our time, the baselines' times over it, the fraction of the limit."""
+    baselines = _baselines(result)
+    title = (
+        "ours: time, times as fast as " + ", ".join(baselines) + ", fraction of the fastest copy"
+    )
+    table = simple_table(title)
+    for name in ("shape", "layout", "dtype", "op", "thr"):
+        table.add_column(name, no_wrap=True)
+    shown = [d for d in DIRECTIONS if any(c["direction"] == d for c in result["cases"])]
+    for direction in shown:
+        table.add_column(direction, justify="right", no_wrap=True)
+    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    for case in result["cases"]:
+        key = tuple(case[k] for k in ("shape", "layout", "dtype", "op", "threads"))
+        if OURS not in case["timings"]:
+            cell = "[red]wrong result[/red]"
+        else:
+            ratios = (ratio_text(case["speedup"].get(b)) for b in baselines)
+            parts = [time_text(case["timings"][OURS]["median"])]
+            parts += [f"{ratio:>5}" for ratio in ratios]
+            parts.append(f"{case['fraction'][OURS][FASTEST]:.2f}")
+            cell = " ".join(parts)
+        lines.setdefault(key, {})[case["direction"]] = cell
+    for key, cells in lines.items():
+        fields = (SHORT.get(str(value), str(value)) for value in key)
+        table.add_row(*fields, *(cells.get(direction, "") for direction in shown))
+    return table
+
+
+def summary_table(result: dict[str, Any]) -> Table:
+    """Geometric mean and worst case of every (op, direction, layout, dtype, threads)."""
+    table = simple_table("Times as fast, over the shapes")
+    for name in ("op", "direction", "layout", "dtype", "thr", "against"):
+        table.add_column(name, no_wrap=True)
+    for name in ("mean", "~", "worst", "worst shape", "clone", "fastest copy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["summary"]:
+        for baseline, values in row["speedup"].items():
+            fraction = row["beyond_cache"]
+            table.add_row(
+                row["op"],
+                row["direction"],
+                SHORT[row["layout"]],
+                SHORT.get(row["dtype"], row["dtype"]),
+                str(row["threads"]),
+                baseline,
+                f"{values['geometric_mean']:.2f}x",
+                f"{values['undecided']}/{values['cases']}",
+                f"{values['worst']:.2f}x",
+                values["worst_shape"],
+                *(f"{fraction[k]:.2f}" if k in fraction else "" for k in ("clone", FASTEST)),
+            )
+    table.caption = (
+        "mean: geometric, over all cases as measured, those with overlapping quartiles (~) too. "
+        "clone, fastest copy: fraction of it, tensors larger than the last-level cache only."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def overhead_tables(result: dict[str, Any]) -> list[Table]:
+    """Host time per call, and bytes kept for backward."""
+    host = simple_table("Host time per call, input (2,4,2,2)")
+    for name in ("direction", "ours", "nn.BatchNorm2d", "ours / theirs"):
+        host.add_column(name, justify="left" if name == "direction" else "right")
+    for row in result["host_time"]:
+        host.add_row(
+            row["direction"],
+            time_text(row["timings"][OURS]["median"]),
+            time_text(row["timings"]["eager"]["median"]),
+            f"{row['ours_over_eager']:.2f}" if row["decided"] else "~",
+        )
+    saved = simple_table("Bytes kept for backward, over the input's bytes")
+    for name in ("op", "candidate", "besides input, parameters", "besides the output too", "all"):
+        saved.add_column(name, justify="left" if name in ("op", "candidate") else "right")
+    for row in result["saved_bytes"]:
+        shares = (row[key] / row["tensor_bytes"] for key in ("kept", "hidden", "total"))
+        saved.add_row(row["op"], row["candidate"], *(f"{share:.4f}" for share in shares))
+    return [table for table in (host, saved) if table.row_count]
+
+
+def goal_table(result: dict[str, Any]) -> Table:
+    """The project's goals against this run."""
+    table = simple_table("Goals")
+    table.add_column("goal", no_wrap=True)
+    for name in ("target", "measured", "cases", "reached"):
+        table.add_column(name, justify="right")
+    for row in result["goals"]:
+        reached = "yes" if row["reached"] else "[red]no[/red]"
+        figures = (f"{row['target']:.2f}", f"{row['measured']:.2f}", str(row["cases"]))
+        table.add_row(row["goal"], *figures, reached)
+    return table
+
+
+def show_control(control: dict[str, Any], console: Console) -> None:
+    """How the rule of the quartiles fared on two candidates that are the same."""
+    if not control["cases"]:
+        return
+    share = control["claimed"] / control["cases"]
+    console.print(
+        f"Control: x.clone() was timed twice in each case; the quartiles kept apart "
+        f"{control['claimed']} of {control['cases']} such pairs, half of the ratios lie in "
+        f"{control['ratio_q1']:.2f}-{control['ratio_q3']:.2f}.",
+        highlight=False,
+    )
+    if share > DISTURBED:
+        console.print(
+            "[yellow]The machine was busy with something else: do not quote this run.[/yellow]"
+        )
+
+
+def print_report(result: dict[str, Any], console: Console) -> None:
+    """Everything about one result."""
+    environment = result["environment"]
+    wide = WIDTH + WIDTH_PER_PEER * (len(_baselines(result)) - 1)
+    console.width = max(console.width, wide)
+    console.print(
+        f"{environment['cpu'].get('Model name', 'CPU')}, torch {environment['torch']}, "
+        f"batchnorm_ext {environment['batchnorm_ext']['version']} "
+        f"({environment['batchnorm_ext']['cpu_capability']}), "
+        f"allocator: {environment['torch_allocator']}",
+        highlight=False,
+    )
+    if any(case["timings"] for case in result["cases"]):
+        console.print(case_table(result), summary_table(result))
+    console.print(*overhead_tables(result))
+    if result["goals"]:
+        console.print(goal_table(result))
+    show_control(result["control"], console)
+    console.print(f"Note: {result['notes'][-1]}", style="dim", highlight=False)
+    for failure in result["peer_failures"]:
+        console.print(f"[yellow]peer left out:[/yellow] {failure}", highlight=False)
+    for failure in result["failures"]:
+        console.print(f"[red]check failed:[/red] {failure}", highlight=False)
+
+
+def compare_table(a: pd.DataFrame, b: pd.DataFrame, candidate: str, labels: list[str]) -> Table:
+    """`candidate`'s cases that both frames hold: time in each, and how many times as fast b is."""
+    picked = [data[data["candidate"] == candidate] for data in (a, b)]
+    both = picked[0].merge(picked[1], on=CASE_KEYS, suffixes=("_a", "_b"))
+    if both.empty:
+        raise ValueError(f"the two files have no case of {candidate} in common")
+    table = simple_table(f"{candidate}: second file against first")
+    for name in CASE_KEYS:
+        table.add_column(name if name != "threads" else "thr", no_wrap=True)
+    for name in (*labels, "times as fast"):
+        table.add_column(name, justify="right")
+    for _, row in both.iterrows():
+        stats = [
+            Stats(row[f"median_us_{side}"], row[f"q1_us_{side}"], row[f"q3_us_{side}"], 0.0, 0, 0)
+            for side in ("a", "b")
+        ]
+        keys = (SHORT.get(str(row[key]), str(row[key])) for key in CASE_KEYS)
+        times = (time_text(value.median * 1e-6) for value in stats)
+        table.add_row(*keys, *times, str(Ratio.of(stats[0], stats[1])))
+    return table

@@ -1,0 +1,161 @@
+"""Result files: a JSON document with all medians and quartiles, and the tables made of it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.candidates import OURS
+from benchmarks.environment import collect, device_slug, git_state
+from benchmarks.summary import control, goals, summarise
+
+SCHEMA = 1
+RESULTS = Path(__file__).resolve().parent / "results"
+CASE_KEYS = ["shape", "layout", "dtype", "op", "direction", "threads"]
+NOTES = [
+    "Times are seconds per call, medians with quartiles; candidates took turns in one run. No "
+    "speed-up is claimed (~) where the ranges between the quartiles overlap.",
+    "fraction: (compulsory bytes / time) over (bytes / time) of a copy of the input, see "
+    "traffic.py. clone: x.clone(), allocation included, with the allocator's pages; warm_copy: "
+    "into a buffer that exists already; huge_clone: into fresh huge pages; fastest_copy: the least "
+    "fraction of these.",
+    "batchnorm_ext asks for transparent huge pages for its own large outputs, torch by default "
+    "does not, so for outputs that the allocator takes from the kernel at each call (above 32 MB "
+    "always) part of a speed-up is saved page faults, and a fraction of clone can exceed 1. Run "
+    "with --allocator huge-pages to see what is left when torch's allocator asks for them too.",
+]
+
+
+def build_result(
+    settings: dict[str, Any],
+    cases: list[dict[str, Any]],
+    host_time: list[dict[str, Any]],
+    saved_bytes: list[dict[str, Any]],
+    failures: list[str],
+    peer_failures: list[str],
+) -> dict[str, Any]:
+    """The document of one run."""
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git": git_state(),
+        "settings": settings,
+        "environment": collect(),
+        "notes": NOTES,
+        "failures": failures,
+        "peer_failures": peer_failures,
+        "control": control(cases),
+        "summary": summarise(cases),
+        "host_time": host_time,
+        "saved_bytes": saved_bytes,
+        "cases": cases,
+    }
+    result["goals"] = goals(result)
+    return result
+
+
+def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> Path:
+    """`folder/stem`, or with -2, -3, ... so that no file of an earlier run is written over."""
+    folder.mkdir(parents=True, exist_ok=True)
+    endings = list(suffixes)
+    number = 1
+    while True:
+        candidate = folder / (stem if number == 1 else f"{stem}-{number}")
+        if not any(Path(f"{candidate}{ending}").exists() for ending in endings):
+            return candidate
+        number += 1
+
+
+def stem_for(result: dict[str, Any]) -> str:
+    """The file name without ending: device, date, preset, and the allocator if it is not usual."""
+    parts = [device_slug(result["environment"]), result["created"][:10]]
+    parts.append(str(result["settings"]["preset"]))
+    if result["environment"]["torch_allocator"] != "default":
+        parts.append("hugepages")
+    return "-".join(parts)
+
+
+def write_json(result: dict[str, Any], path: Path) -> Path:
+    """Write the document; refuses to write over a file."""
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a document; ValueError where it is not one that this version knows."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a result file ({error})") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA or "cases" not in result:
+        raise ValueError(f"{path}: not a result file with schema {SCHEMA}")
+    return result
+
+
+def frame(result: dict[str, Any]) -> pd.DataFrame:
+    """One line per case and candidate, the copies included; times in microseconds."""
+    rows = []
+    for case in result["cases"]:
+        ours = case["timings"].get(OURS)
+        for name, timing in case["timings"].items():
+            row = {key: case[key] for key in ["family", *CASE_KEYS]}
+            row["candidate"] = name
+            row.update({f"{key}_us": timing[key] * 1e6 for key in ("median", "q1", "q3")})
+            row["rounds"], row["calls"] = timing["rounds"], timing["calls"]
+            speedup = case["speedup"].get(name)
+            row["times_ours"] = timing["median"] / ours["median"]
+            row["decided"] = speedup["decided"] if speedup else None
+            for limit, value in case["fraction"].get(name, {}).items():
+                row[f"fraction_{limit}"] = value
+            row["beyond_cache"] = case["beyond_cache"]
+            rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else [*CASE_KEYS, "candidate"])
+
+
+def summary_frame(result: dict[str, Any]) -> pd.DataFrame:
+    """The summary as a table: one line per (op, direction, layout, dtype, threads)."""
+    rows = []
+    for entry in result["summary"]:
+        row = {key: value for key, value in entry.items() if not isinstance(value, dict)}
+        for baseline, values in entry["speedup"].items():
+            row[f"x {baseline}"] = values["geometric_mean"]
+            row[f"worst {baseline}"] = values["worst"]
+            row[f"worst shape {baseline}"] = values["worst_shape"]
+            row[f"~ {baseline}"] = f"{values['undecided']}/{values['cases']}"
+        for limit, value in entry["beyond_cache"].items():
+            row[f"fraction {limit}"] = value
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_markdown(result: dict[str, Any], path: Path) -> Path:
+    """Summary, goals and every case as Markdown."""
+    cases = frame(result)
+    sections = {
+        "Summary": summary_frame(result),
+        "Goals": pd.DataFrame(result["goals"]),
+        "Bytes kept for backward": pd.DataFrame(result["saved_bytes"]),
+        "Cases": cases,
+    }
+    environment = result["environment"]
+    lines = [
+        f"# {result['settings']['preset']}, {result['created']}",
+        "",
+        f"{environment['cpu'].get('Model name', '')}, torch {environment['torch']}, "
+        f"commit {result['git']['commit'] or 'unknown'}",
+        "",
+        *(f"- {note}" for note in result["notes"]),
+    ]
+    for title, table in sections.items():
+        text = table.to_markdown(index=False, floatfmt=".3f") if len(table) else "(none)"
+        lines += ["", f"## {title}", "", text]
+    with path.open("x", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    return path

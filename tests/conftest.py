@@ -1,0 +1,38 @@
+"""What all tests share: threads, hypothesis' profile, a clean plan after each test."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples on every run, and no deadline on a machine that others use too.
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=int(os.environ.get("HYPOTHESIS_MAX_EXAMPLES", "150")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    if "TORCH_TRACE" not in os.environ:
+        # The compiler's structured trace has no readable text; it would bury a failure's own.
+        logging.getLogger("torch.__trace").addFilter(lambda record: False)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """Global state that a failing test could leave changed."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

@@ -1,0 +1,221 @@
+"""torch.compile: one graph, and the results of eager: outputs, gradients, buffers, counter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+
+import batchnorm_ext as bx
+from batchnorm_ext import functional
+
+#: inductor takes seconds, and for evaluation shows nothing that aot_eager doesn't.
+MODULE_RUNS = [
+    ("eager", "train"),
+    ("eager", "eval"),
+    ("aot_eager", "train"),
+    ("aot_eager", "eval"),
+    ("inductor", "train"),
+]
+#: Compiled code calls the same kernels, so that they agree to the bit; code around them that
+#: inductor fuses may round differently.
+SAME: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Everything(nn.Module):
+    """All modules and kinds of activation in one graph, so that it is compiled once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = bx.BatchNorm2d(6)
+        self.cumulative = bx.BatchNorm2d(6, momentum=None)
+        self.bare = bx.BatchNorm2d(6, affine=False, track_running_stats=False)
+        self.relu = bx.BatchNormAct2d(6, "relu")
+        self.added = bx.BatchNormAct2d(6, "relu")
+        self.silu = bx.BatchNormAct2d(6, "silu", track_running_stats=False)
+        self.gelu = bx.BatchNormAct2d(6, "gelu", approximate="tanh")
+        self.last = bx.BatchNorm1d(6, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residuals, a layer in channels-last, a float64 layer on float32 input, an (N, C) one."""
+        y = self.cumulative(self.first(x) * 1.5)
+        y = self.relu(y) + self.bare(x)
+        y = self.added(y, x)
+        y = self.silu(y.to(memory_format=torch.channels_last), y)
+        y = self.gelu(y.contiguous(), y)
+        return self.last(y.mean((2, 3))) * 0.5
+
+
+def _run(module: nn.Module, function: Callable[..., Tensor], batches: list[Tensor]) -> list[Tensor]:
+    """Two steps: outputs and gradients of the input and of all parameters, then the buffers."""
+    found = []
+    for batch in batches:
+        x = batch.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = function(x)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        found += [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *parameters])]
+    return [*found, *(b.clone() for b in module.buffers())]
+
+
+def _compare(module: nn.Module, backend: str, batches: list[Tensor], **options: Any) -> None:
+    other = copy.deepcopy(module)
+    expected = _run(module, module, batches)
+    compiled = torch.compile(other, backend=backend, fullgraph=True, **options)
+    got = _run(other, compiled, batches)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, **SAME)
+
+
+@pytest.mark.parametrize(("backend", "mode"), MODULE_RUNS)
+def test_modules(backend: str, mode: str) -> None:
+    torch.manual_seed(2)
+    module = Everything().train(mode == "train")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    batches = [torch.randn(4, 6, 5, 3), torch.randn(4, 6, 5, 3) + 1]
+    _compare(module, backend, batches)
+    if mode == "train":
+        assert module.first.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_dynamic_shapes(backend: str) -> None:
+    """One compilation for every batch size and resolution."""
+    module = nn.Sequential(bx.BatchNorm2d(6), bx.BatchNormAct2d(6, "relu"))
+    sizes = [(4, 5, 7), (8, 5, 7), (2, 9, 3), (3, 11, 13)]  # at first no two alike
+    batches = [torch.randn(n, 6, h, w) for n, h, w in sizes]
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    other = copy.deepcopy(module)
+    expected = _run(module, module, batches)
+    compiled = torch.compile(other, backend=counter, fullgraph=True, dynamic=True)
+    compiled(batches[0].clone().requires_grad_())
+    compilations = counter.frame_count
+    other.load_state_dict(module.state_dict())
+    for name, buffer in other.named_buffers():
+        buffer.copy_(torch.ones_like(buffer) if "var" in name else torch.zeros_like(buffer))
+    for a, b in zip(_run(other, compiled, batches), expected, strict=True):
+        torch.testing.assert_close(a, b, **SAME)
+    assert counter.frame_count == compilations, "compiled again for another shape"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_function(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Bit for bit what eager gives, strides too."""
+
+    def function(
+        x: Tensor, residual: Tensor, w: Tensor, b: Tensor, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        return bx.batch_norm(
+            x, mean, var, w, b, True, residual=residual, activation="leaky_relu", negative_slope=0.2
+        )
+
+    x, residual, dy = (torch.randn(4, 3, 5, 2, dtype=dtype) for _ in range(3))
+    x = x.to(memory_format=layout)
+    results = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        leaves = [x.detach(), residual, torch.linspace(0.5, 1.5, 3), torch.linspace(-1, 1, 3)]
+        leaves = [t.detach().clone().requires_grad_() for t in leaves]
+        mean, var = torch.zeros(3), torch.ones(3)
+        y = call(leaves[0], leaves[1], leaves[2], leaves[3], mean, var)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy), mean, var])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+        assert eager.stride() == compiled.stride()
+
+
+def test_one_operator_in_the_graph() -> None:
+    """The op is not taken apart, and the buffers need no copies in Python."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    module = bx.BatchNormAct1d(3, "relu")
+    torch.compile(module, backend=record, fullgraph=True)(torch.randn(4, 3))
+    calls = [n for g in graphs for n in g.graph.nodes if n.op.startswith("call_")]
+    tensors = [str(n.target) for n in calls if isinstance(n.meta.get("example_value"), Tensor)]
+    assert tensors == ["batchnorm_ext.batch_norm.default"]
+
+
+def test_empty_batch() -> None:
+    module = bx.BatchNorm1d(3)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert compiled(torch.randn(0, 3, 4)).shape == (0, 3, 4)
+    assert not module.get_buffer("running_mean").any()
+
+
+def test_errors_stay_errors() -> None:
+    """From the fake kernels, while tracing."""
+    module = bx.BatchNorm1d(3)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="should contain 4 elements"):
+        compiled(torch.randn(2, 4, 5))
+    with pytest.raises(Exception, match="more than 1 value per channel"):
+        compiled(torch.randn(1, 3))
+    assert module.num_batches_tracked == 0
+
+
+def test_without_gradients() -> None:
+    module = bx.BatchNormAct2d(3, "silu").eval()
+    x = torch.randn(2, 3, 4, 4)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), module(x))
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), module(x))
+
+
+def test_forward_mode_is_not_mistaken() -> None:
+    """Tracing sees functorch as eager does."""
+
+    def tangent(x: Tensor) -> Tensor:
+        return torch.func.jvp(
+            lambda t: bx.batch_norm(t, None, None, training=True, activation="silu"), (x,), (x,)
+        )[1]
+
+    x = torch.randn(4, 3)
+    compiled = torch.compile(tangent, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), tangent(x), **SAME)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_export(mode: str, strict: bool) -> None:
+    """torch.export, with a batch of any size, runs and matches."""
+    module = nn.Sequential(bx.BatchNorm2d(3), bx.BatchNormAct2d(3, "relu")).train(mode == "train")
+    x = torch.randn(4, 3, 5, 5)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        copy.deepcopy(module), (x,), dynamic_shapes=({0: batch},), strict=strict
+    )
+    other = torch.randn(7, 3, 5, 5)
+    torch.testing.assert_close(program.module()(other), module(other), **SAME)
+
+
+def test_activation_names_are_specialised() -> None:
+    """A change of activation compiles again instead of keeping the old one."""
+
+    def function(x: Tensor, name: str) -> Tensor:
+        return bx.batch_norm(x, None, None, training=True, activation=name)
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    x = torch.randn(4, 3)
+    for name in functional.ACTIVATIONS:
+        if name != "gelu_tanh":
+            assert torch.equal(compiled(x, name), function(x, name))
