@@ -94,6 +94,7 @@ def extension() -> Any:
             "-g0",
             "-fopenmp",
             "-ffp-contract=off",
+            "-fno-math-errno",
             "-fvisibility=hidden",
             "-Wall",
             "-Wextra",

@@ -21,9 +21,9 @@ class BackwardOperation {
         plan_(plan),
         partials_(plan, a.problem.c),
         affine_(a.problem.c),
-        input_terms_(static_cast<std::size_t>(2 * a.problem.c)),
+        input_terms_(2 * input_terms_.padded(a.problem.c)),
         slope_(input_terms_.data()),
-        offset_(slope_ + a.problem.c) {}
+        offset_(slope_ + input_terms_.padded(a.problem.c)) {}
 
   bool reduces() const {
     return a_.dweight.data || a_.dbias.data || (a_.training && a_.dx);
@@ -160,7 +160,7 @@ class BackwardOperation {
   const CpuPlan& plan_;
   Partials<GradientSums> partials_;
   AffineTable<T> affine_;
-  std::vector<A> input_terms_;
+  AlignedArray<A> input_terms_;
   A *slope_, *offset_;
 };
 

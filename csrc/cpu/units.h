@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
-#include <utility>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "core/moments.h"
@@ -160,17 +162,49 @@ void for_each_piece(const Run& run, const Visit& visit) {
   }
 }
 
+// Values that start at a cache line: a vector of an unaligned array lies in two of them. Not
+// initialised.
+template <typename Value>
+class AlignedArray {
+ public:
+  static constexpr std::size_t kLine = 64;
+
+  AlignedArray() = default;
+  explicit AlignedArray(std::int64_t count) { reserve(count); }
+  AlignedArray(const AlignedArray&) = delete;
+  AlignedArray& operator=(const AlignedArray&) = delete;
+  ~AlignedArray() { std::free(data_); }
+
+  // Forgets what was there where more is asked for.
+  void reserve(std::int64_t count) {
+    if (count <= count_) return;
+    std::free(data_);
+    count_ = padded(count);
+    data_ = static_cast<Value*>(
+        std::aligned_alloc(kLine, static_cast<std::size_t>(count_) * sizeof(Value)));
+    if (!data_) {
+      count_ = 0;
+      throw std::bad_alloc();
+    }
+  }
+  Value* data() const { return data_; }
+
+  // Whole cache lines.
+  static std::int64_t padded(std::int64_t count) { return (count + 15) / 16 * 16; }
+
+ private:
+  Value* data_ = nullptr;
+  std::int64_t count_ = 0;
+};
+
 // Memory that a thread keeps from call to call, one block per use and type.
 enum Slot { kFirstSum, kSecondSum, kCenter, kScale, kShift, kSlope, kOffset, kChunkSums, kSlots };
 
 template <typename Value>
-Value* scratch(int slot, std::int64_t count) {
-  thread_local std::vector<std::vector<Value>> slots(kSlots);
-  auto& values = slots[static_cast<std::size_t>(slot)];
-  if (values.size() < static_cast<std::size_t>(count)) {
-    values.resize(static_cast<std::size_t>(count));
-  }
-  return values.data();
+Value* scratch(Slot slot, std::int64_t count) {
+  thread_local std::array<AlignedArray<Value>, kSlots> slots;
+  slots[slot].reserve(count);
+  return slots[slot].data();
 }
 
 inline void finish_streaming_stores() {
@@ -262,8 +296,29 @@ void with_dtype(DType dtype, const Body& body) {
   }
 }
 
-double load_value(const ChannelValues& values, std::int64_t channel, double otherwise);
-void store_value(const ChannelValues& values, std::int64_t channel, double value);
+double load_half_precision(const ChannelValues& values, std::int64_t channel);
+void store_half_precision(const ChannelValues& values, std::int64_t channel, double value);
+
+// Inline, since a call of few rows and many channels spends its time here.
+inline double load_value(const ChannelValues& values, std::int64_t channel, double otherwise) {
+  if (!values.data) return otherwise;
+  const std::int64_t at = channel * values.stride;
+  if (values.dtype == DType::kFloat) return static_cast<const float*>(values.data)[at];
+  if (values.dtype == DType::kDouble) return static_cast<const double*>(values.data)[at];
+  return load_half_precision(values, channel);
+}
+
+inline void store_value(const ChannelValues& values, std::int64_t channel, double value) {
+  if (!values.data) return;
+  const std::int64_t at = channel * values.stride;
+  if (values.dtype == DType::kFloat) {
+    static_cast<float*>(values.data)[at] = static_cast<float>(value);
+  } else if (values.dtype == DType::kDouble) {
+    static_cast<double*>(values.data)[at] = value;
+  } else {
+    store_half_precision(values, channel, value);
+  }
+}
 
 // A unit's entries of a per-channel array, one for each of cols columns: the array itself where
 // columns are channels, else copies. Runs of one channel take theirs from it (see at_channel).
@@ -286,10 +341,10 @@ template <typename T>
 class AffineTable {
  public:
   using A = Accumulate<T>;
-  explicit AffineTable(std::int64_t channels) : values_(static_cast<std::size_t>(3 * channels)) {
+  explicit AffineTable(std::int64_t channels) : values_(3 * values_.padded(channels)) {
     center = values_.data();
-    scale = center + channels;
-    shift = scale + channels;
+    scale = center + values_.padded(channels);
+    shift = scale + values_.padded(channels);
   }
 
   // The mean's rounding error goes into shift.
@@ -314,7 +369,7 @@ class AffineTable {
   A *center, *scale, *shift;
 
  private:
-  std::vector<A> values_;
+  AlignedArray<A> values_;
 };
 
 // Parameters of all channels -> of one.

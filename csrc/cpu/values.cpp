@@ -1,4 +1,4 @@
-// Per-channel values in any of the dtypes. Plain scalar code: there are only c of them.
+// Per-channel values of the 16-bit dtypes, one at a time.
 #include <cmath>
 #include <cstring>
 
@@ -63,34 +63,16 @@ V* entry(const ChannelValues& values, std::int64_t channel) {
 
 }  // namespace
 
-double load_value(const ChannelValues& values, std::int64_t channel, double otherwise) {
-  if (!values.data) return otherwise;
-  switch (values.dtype) {
-    case DType::kFloat:
-      return *entry<float>(values, channel);
-    case DType::kDouble:
-      return *entry<double>(values, channel);
-    case DType::kBFloat16:
-      return widen(*entry<BFloat16>(values, channel));
-    default:
-      return widen(*entry<Half>(values, channel));
-  }
+double load_half_precision(const ChannelValues& values, std::int64_t channel) {
+  if (values.dtype == DType::kBFloat16) return widen(*entry<BFloat16>(values, channel));
+  return widen(*entry<Half>(values, channel));
 }
 
-void store_value(const ChannelValues& values, std::int64_t channel, double value) {
-  if (!values.data) return;
-  switch (values.dtype) {
-    case DType::kFloat:
-      *entry<float>(values, channel) = static_cast<float>(value);
-      break;
-    case DType::kDouble:
-      *entry<double>(values, channel) = value;
-      break;
-    case DType::kBFloat16:
-      narrow(value, entry<BFloat16>(values, channel));
-      break;
-    default:
-      narrow(value, entry<Half>(values, channel));
+void store_half_precision(const ChannelValues& values, std::int64_t channel, double value) {
+  if (values.dtype == DType::kBFloat16) {
+    narrow(value, entry<BFloat16>(values, channel));
+  } else {
+    narrow(value, entry<Half>(values, channel));
   }
 }
 
