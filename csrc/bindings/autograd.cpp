@@ -1,6 +1,6 @@
 // The differentiable operator: one composite op over a C++ autograd Function.
-#include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardswish_backward.h>
@@ -68,10 +68,10 @@ at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Sett
 at::Tensor is_kept(const variable_list& saved, const Settings& s) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor ones = at::ones_like(saved[kInput]);
-  const auto gradients = ops::backward(
-      ones, saved[kInput], optional(saved[kResidual]), optional(saved[kWeight]),
-      optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]), s.training,
-      s.activation_name, 0, {false, true, false, false});
+  const auto gradients =
+      ops::backward(ones, saved[kInput], optional(saved[kResidual]), optional(saved[kWeight]),
+                    optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]),
+                    s.training, s.activation_name, 0, {false, true, false, false});
   return std::get<1>(gradients) == 1;
 }
 
@@ -157,8 +157,7 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
     s.running_mean = s.running_var = s.num_batches_tracked = std::nullopt;
     const bool save_residual = !identity && !use_mask;
     ctx->save_for_backward({input, save_residual ? or_undefined(residual) : at::Tensor(),
-                            or_undefined(weight), or_undefined(bias),
-                            mean, invstd, mask});
+                            or_undefined(weight), or_undefined(bias), mean, invstd, mask});
     s.given = {true, residual.has_value(), weight.has_value(), bias.has_value()};
     ctx->saved_data["settings"] = c10::IValue::make_capsule(settings);
     return y;
@@ -218,8 +217,8 @@ void check_backend(const at::Tensor& input) {
   const auto device = input.device().type();
   TORCH_CHECK_NOT_IMPLEMENTED(
       device == at::kCPU || device == at::kMeta,
-      "this build of batchnorm_ext has kernels for the CPU only, but input is on ",
-      input.device(), ". `python -m batchnorm_ext` tells what a build has; "
+      "this build of batchnorm_ext has kernels for the CPU only, but input is on ", input.device(),
+      ". `python -m batchnorm_ext` tells what a build has; "
       "batchnorm_ext.revert_batchnorm(model) gives back torch's own modules.");
 }
 

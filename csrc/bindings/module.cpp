@@ -55,9 +55,7 @@ py::dict build_info() {
   return info;
 }
 
-std::string cpu_capability() {
-  return cpu::kCapabilityNames[static_cast<int>(cpu::capability())];
-}
+std::string cpu_capability() { return cpu::kCapabilityNames[static_cast<int>(cpu::capability())]; }
 
 void set_cpu_capability(const std::string& name) {
   const int index = index_of(name, cpu::kCapabilityNames, "the CPU capability");

@@ -17,9 +17,9 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                          const OptionalTensor& num_batches_tracked,
-                          std::optional<double> momentum, double eps, c10::string_view activation,
-                          double activation_param, bool save_mask) {
+                          const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                          double eps, c10::string_view activation, double activation_param,
+                          bool save_mask) {
   static const auto op = find<decltype(forward_train)>("batchnorm_ext::forward_train");
   return op.call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
                  momentum, eps, activation, activation_param, save_mask);

@@ -17,9 +17,9 @@ using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                          const OptionalTensor& num_batches_tracked,
-                          std::optional<double> momentum, double eps, c10::string_view activation,
-                          double activation_param, bool save_mask);
+                          const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                          double eps, c10::string_view activation, double activation_param,
+                          bool save_mask);
 
 at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
                         const OptionalTensor& weight, const OptionalTensor& bias,

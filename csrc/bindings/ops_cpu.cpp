@@ -203,8 +203,8 @@ const std::uint8_t* mask_pointer(const OptionalTensor& mask, const Problem& prob
   TORCH_CHECK(mask->scalar_type() == at::kByte && mask->is_contiguous() &&
                   mask->numel() == mask_rows(problem) * mask_row_bytes(problem),
               "mask should be what forward_train returned for this input, contiguous uint8 of ",
-              mask_rows(problem), " x ", mask_row_bytes(problem), ", but got ",
-              mask->scalar_type(), " of ", mask->sizes());
+              mask_rows(problem), " x ", mask_row_bytes(problem), ", but got ", mask->scalar_type(),
+              " of ", mask->sizes());
   return mask->data_ptr<std::uint8_t>();
 }
 

@@ -46,9 +46,7 @@ struct Planner {
     return rows <= p.n * p.s ? rows : 1;
   }
 
-  bool balanced(std::int64_t units) const {
-    return units % threads == 0 || units >= 4 * threads;
-  }
+  bool balanced(std::int64_t units) const { return units % threads == 0 || units >= 4 * threads; }
 
   CpuPlan columns() const {
     CpuPlan plan{Scheme::kColumns, true, false, threads, p.c, fold()};
@@ -104,8 +102,8 @@ struct Planner {
 
 void apply(const PlanOverride& forced, const Problem& p, bool masked, CpuPlan* plan) {
   if (forced.scheme >= 0 && p.layout == Layout::kChannelsFirst && !masked) {
-    plan->scheme = forced.scheme == static_cast<int>(Scheme::kExpanded) ? Scheme::kExpanded
-                                                                        : Scheme::kPlanes;
+    plan->scheme =
+        forced.scheme == static_cast<int>(Scheme::kExpanded) ? Scheme::kExpanded : Scheme::kPlanes;
   }
   if (forced.cooperative >= 0) plan->cooperative = forced.cooperative != 0;
   if (forced.stream >= 0) plan->stream = forced.stream != 0;

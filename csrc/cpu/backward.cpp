@@ -25,9 +25,7 @@ class BackwardOperation {
         slope_(input_terms_.data()),
         offset_(slope_ + input_terms_.padded(a.problem.c)) {}
 
-  bool reduces() const {
-    return a_.dweight.data || a_.dbias.data || (a_.training && a_.dx);
-  }
+  bool reduces() const { return a_.dweight.data || a_.dbias.data || (a_.training && a_.dx); }
 
   void prepare(const Channels& channels) {
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
@@ -75,10 +73,11 @@ class BackwardOperation {
     const A* const slope = a_.training ? slope_ : nullptr;
     if (geometry.planes()) {
       const auto params = affine_.params(a_.activation_param);
-      geometry.for_each_run(unit, part, a_.mask != nullptr, /*backwards=*/true, [&](const Run& run) {
-        const std::int64_t c = run.channel;
-        table[K::kShared](span(run), {at_channel(params, c), at(slope, c), offset_ + c});
-      });
+      geometry.for_each_run(
+          unit, part, a_.mask != nullptr, /*backwards=*/true, [&](const Run& run) {
+            const std::int64_t c = run.channel;
+            table[K::kShared](span(run), {at_channel(params, c), at(slope, c), offset_ + c});
+          });
     } else {
       const Matrix matrix = geometry.matrix(unit);
       const std::int64_t cols = matrix.cols * geometry.rows_at_once(matrix, a_.mask != nullptr);
@@ -131,7 +130,8 @@ class BackwardOperation {
     double* const dot = scratch<double>(kSecondSum, matrix.cols);
     std::fill_n(sum, matrix.cols, 0.0);
     std::fill_n(dot, matrix.cols, 0.0);
-    const ForwardParams<A> params = affine_.params(a_.activation_param, geometry, unit, matrix.cols);
+    const ForwardParams<A> params =
+        affine_.params(a_.activation_param, geometry, unit, matrix.cols);
     const auto kernel = kernels<T>().column_sums[static_cast<int>(a_.activation)];
     A* const sums = scratch<A>(kChunkSums, column_scratch(matrix.cols));
     BackwardRows<T> rows;

@@ -65,8 +65,8 @@ struct Backward {
   bool training;
   Activation activation;
   double activation_param;
-  void* dx;                    // or null: not needed
-  void* dresidual;             // or null
+  void* dx;                      // or null: not needed
+  void* dresidual;               // or null
   ChannelValues dweight, dbias;  // data null: not needed
 };
 

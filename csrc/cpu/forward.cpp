@@ -23,12 +23,9 @@ void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
   const T* const residual = static_cast<const T*>(a.residual);
   T* const y = static_cast<T*>(a.y);
   const auto span = [&](const Run& run) {
-    return ForwardSpan<T>{x + run.offset,
-                          residual ? residual + run.offset : nullptr,
-                          y + run.offset,
-                          mask ? mask + run.mask : nullptr,
-                          run.length,
-                          run.ahead,
+    return ForwardSpan<T>{x + run.offset, residual ? residual + run.offset : nullptr,
+                          y + run.offset, mask ? mask + run.mask : nullptr,
+                          run.length,     run.ahead,
                           plan.stream};
   };
   if (geometry.planes()) {

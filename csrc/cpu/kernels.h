@@ -40,7 +40,7 @@ struct BackwardParams {
 template <typename T>
 struct ForwardSpan {
   const T* x;
-  const T* residual;   // or null
+  const T* residual;  // or null
   T* y;
   std::uint8_t* mask;  // or null; bit i % 8 of byte i / 8 belongs to element i
   std::int64_t length;
@@ -79,8 +79,8 @@ struct Kernels {
 
   // Adds rows[0..count) to the moments of each column; before = rows that mean and m2 hold.
   // kept: room for column_scratch(cols) values.
-  void (*column_moments)(const T* const* rows, int count, std::int64_t cols, A* kept,
-                         double before, double* mean, double* m2);
+  void (*column_moments)(const T* const* rows, int count, std::int64_t cols, A* kept, double before,
+                         double* mean, double* m2);
   // Of one channel's run.
   Moments (*run_moments)(const T* x, std::int64_t length);
   void (*forward[kActivations][2])(const ForwardSpan<T>&, const ForwardParams<A>&);

@@ -56,7 +56,7 @@ class Geometry {
       return {g.begin * p_.s, p_.n, p_.c * p_.s, g.count() * p_.s, 0, 0};
     }
     const std::int64_t row = plan_.fold * p_.c;
-    return {g.begin, p_.n * p_.s / plan_.fold, row, plan_.fold == 1 ? g.count() : row,
+    return {g.begin,     p_.n * p_.s / plan_.fold, row, plan_.fold == 1 ? g.count() : row,
             g.begin / 8, mask_row_bytes(p_)};
   }
 
@@ -81,8 +81,8 @@ class Geometry {
   // enough. With a mask, only where its rows have no gap either.
   std::int64_t rows_at_once(const Matrix& m, bool masked) const {
     constexpr std::int64_t kLongRun = 1024;
-    const bool no_gap = plan_.scheme == Scheme::kColumns && m.stride == m.cols &&
-                        (!masked || p_.c % 8 == 0);
+    const bool no_gap =
+        plan_.scheme == Scheme::kColumns && m.stride == m.cols && (!masked || p_.c % 8 == 0);
     return no_gap ? std::max<std::int64_t>(kLongRun / m.cols, 1) : 1;
   }
 
@@ -99,8 +99,8 @@ class Geometry {
       const std::int64_t count = std::min(step, end - begin - done);
       const std::int64_t row = backwards ? end - done - count : begin + done;
       const std::int64_t ahead = done + step >= end - begin ? 0
-                                 : backwards                ? -std::min(step * m.stride, row * m.stride)
-                                                            : step * m.stride;
+                                 : backwards ? -std::min(step * m.stride, row * m.stride)
+                                             : step * m.stride;
       visit(Run{m.offset + row * m.stride, m.mask_offset + row * m.mask_stride, count * m.cols, 0,
                 ahead});
     }
@@ -256,7 +256,8 @@ void run_units(const Problem& problem, const CpuPlan& plan, const ParallelFor& p
       return Channels{unit.begin + part.begin(unit.count()), unit.begin + part.end(unit.count())};
     };
     run(slices, [&](std::int64_t i) { operation.prepare(slice(i)); });
-    if (operation.reduces()) run(parts, [&](std::int64_t i) { operation.reduce(unit, {i, parts}); });
+    if (operation.reduces())
+      run(parts, [&](std::int64_t i) { operation.reduce(unit, {i, parts}); });
     run(slices, [&](std::int64_t i) { operation.finish(slice(i)); });
     run(parts, [&](std::int64_t i) { apply(unit, {i, parts}); });
   }

@@ -47,10 +47,11 @@ void narrow(double wide, Half* to) {
     to->bits = sign | 0x7c00;
   } else if (magnitude < 0x1p-14) {
     // A rounding up to 1024 is the smallest normal number's bits.
-    to->bits = static_cast<std::uint16_t>(sign | static_cast<int>(std::nearbyint(magnitude * 0x1p24)));
+    to->bits =
+        static_cast<std::uint16_t>(sign | static_cast<int>(std::nearbyint(magnitude * 0x1p24)));
   } else {
     int exponent;
-    const double fraction = std::frexp(magnitude, &exponent);  // in [0.5, 1)
+    const double fraction = std::frexp(magnitude, &exponent);               // in [0.5, 1)
     const int rounded = static_cast<int>(std::nearbyint(fraction * 2048));  // 1024 to 2048
     to->bits = static_cast<std::uint16_t>(sign + (((exponent + 14) << 10) + rounded - 1024));
   }

@@ -66,16 +66,16 @@ BN_INLINE Vec<float> normal_cdf(const Vec<float>& z) {
 }
 
 // Double precision is for checks and small problems: the C library, lane by lane.
-#define BN_LANEWISE(NAME, EXPRESSION)                       \
-  BN_INLINE Vec<double> NAME(const Vec<double>& x) {        \
-    Vec<double> y;                                          \
-    for (int i = 0; i < kParts; ++i) {                      \
-      for (int k = 0; k < kLanesPerPart<double>; ++k) {     \
-        const double v = x.part[i][k];                      \
-        y.part[i][k] = EXPRESSION;                          \
-      }                                                     \
-    }                                                       \
-    return y;                                               \
+#define BN_LANEWISE(NAME, EXPRESSION)                   \
+  BN_INLINE Vec<double> NAME(const Vec<double>& x) {    \
+    Vec<double> y;                                      \
+    for (int i = 0; i < kParts; ++i) {                  \
+      for (int k = 0; k < kLanesPerPart<double>; ++k) { \
+        const double v = x.part[i][k];                  \
+        y.part[i][k] = EXPRESSION;                      \
+      }                                                 \
+    }                                                   \
+    return y;                                           \
   }
 BN_LANEWISE(exp, __builtin_exp(v))
 BN_LANEWISE(expm1_negative, __builtin_expm1(v))

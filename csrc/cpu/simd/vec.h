@@ -47,12 +47,12 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 template <typename A>
 constexpr int kLanesPerPart = kNativeBytes / static_cast<int>(sizeof(A));
 
-#define BN_OPERATOR(RESULT, OP)                                              \
-  template <typename A>                                                      \
-  BN_INLINE RESULT<A> operator OP(const Vec<A>& a, const Vec<A>& b) {        \
-    RESULT<A> r;                                                             \
-    for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] OP b.part[i];     \
-    return r;                                                                \
+#define BN_OPERATOR(RESULT, OP)                                          \
+  template <typename A>                                                  \
+  BN_INLINE RESULT<A> operator OP(const Vec<A>& a, const Vec<A>& b) {    \
+    RESULT<A> r;                                                         \
+    for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] OP b.part[i]; \
+    return r;                                                            \
   }
 BN_OPERATOR(Vec, +)
 BN_OPERATOR(Vec, -)
@@ -195,12 +195,8 @@ BN_INLINE NativeUint16 truncate(NativeUint32 v) {
                                         _mm256_extracti128_si256((__m256i)v, 1));
 }
 #else
-BN_INLINE NativeUint32 extend(NativeUint16 v) {
-  return __builtin_convertvector(v, NativeUint32);
-}
-BN_INLINE NativeUint16 truncate(NativeUint32 v) {
-  return __builtin_convertvector(v, NativeUint16);
-}
+BN_INLINE NativeUint32 extend(NativeUint16 v) { return __builtin_convertvector(v, NativeUint32); }
+BN_INLINE NativeUint16 truncate(NativeUint32 v) { return __builtin_convertvector(v, NativeUint16); }
 #endif
 
 BN_INLINE NativeFloat widen(NativeUint16 bits, BFloat16) {
@@ -222,11 +218,12 @@ BN_INLINE NativeUint16 narrow(NativeFloat value, BFloat16) {
 #endif
 
 #if BATCHNORM_NATIVE_BYTES == 64
-BN_INLINE NativeFloat widen(NativeUint16 bits, Half) { 
+BN_INLINE NativeFloat widen(NativeUint16 bits, Half) {
   return _mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
 }
 BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
-  return (NativeUint16)_mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (NativeUint16)_mm512_maskz_cvtps_ph(0xffff, value,
+                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif BATCHNORM_NATIVE_BYTES == 32
 BN_INLINE NativeFloat widen(NativeUint16 bits, Half) { return _mm256_cvtph_ps((__m128i)bits); }
@@ -249,8 +246,8 @@ BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
   // Below 2^-14: adding 0.5 leaves the denormal's bits, rounded, at the bottom.
   const NativeUint32 denormal = (NativeUint32)((NativeFloat)magnitude + 0.5f) - 0x3f000000u;
   const NativeUint32 even = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-  const NativeUint32 special = magnitude > 0x7f800000u ? 0x7e00u - NativeUint32{}
-                                                       : 0x7c00u - NativeUint32{};
+  const NativeUint32 special =
+      magnitude > 0x7f800000u ? 0x7e00u - NativeUint32{} : 0x7c00u - NativeUint32{};
   NativeUint32 half = magnitude < 0x38800000u ? denormal : even;
   half = magnitude >= 0x477ff000u ? special : half;  // 65520 and above round to infinity
   return truncate(half | ((bits >> 16) & 0x8000u));
@@ -288,8 +285,8 @@ template <typename T>
 BN_INLINE Vec<Accumulate<T>> load(const T* from) {
   Vec<Accumulate<T>> r;
   for (int i = 0; i < kParts; ++i) {
-    r.part[i] = Memory<T>::from(
-        peek<typename Memory<T>::type>(from + i * kLanesPerPart<Accumulate<T>>));
+    r.part[i] =
+        Memory<T>::from(peek<typename Memory<T>::type>(from + i * kLanesPerPart<Accumulate<T>>));
   }
   return r;
 }
@@ -336,8 +333,8 @@ BN_INLINE Vec<Accumulate<T>> load(const T* from, int n) {
     r.part[0] = (typename NativeOf<Accumulate<T>>::type)_mm512_maskz_loadu_epi64(
         static_cast<__mmask8>(mask), from);
   } else {
-    r.part[0] = Memory<T>::from(
-        (NativeUint16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
+    r.part[0] =
+        Memory<T>::from((NativeUint16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
   }
   return r;
 #else
@@ -394,8 +391,8 @@ constexpr int kWideParts = kLanes<A> / kWideLanes;
 BN_INLINE NativeDouble wide(const Vec<double>& v, int i) { return v.part[i]; }
 BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
   typedef float HalfFloat __attribute__((vector_size(kNativeBytes / 2)));
-  return __builtin_convertvector(peek<HalfFloat>(reinterpret_cast<const float*>(&v) + i * kWideLanes),
-                                 NativeDouble);
+  return __builtin_convertvector(
+      peek<HalfFloat>(reinterpret_cast<const float*>(&v) + i * kWideLanes), NativeDouble);
 }
 
 // The lanes' sum, in a fixed order: halves onto each other.

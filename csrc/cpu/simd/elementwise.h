@@ -1,0 +1,177 @@
+// What is written element by element: y, and dx with the residual's gradient. Included like vec.h.
+
+// ---- shared by forward and backward: z, and dz from dy ----
+
+template <typename A>
+struct Affine {
+  Vec<A> center, scale, shift;
+};
+
+template <bool kPerColumn, typename A>
+BN_INLINE Vec<A> parameter(const A* values, std::int64_t at, int lanes, bool partial) {
+  if constexpr (!kPerColumn) return set1(values[0]);
+  return partial ? load(values + at, lanes) : load(values + at);
+}
+
+template <bool kPerColumn, typename A>
+BN_INLINE Affine<A> affine_at(const ForwardParams<A>& p, std::int64_t at, int lanes, bool partial) {
+  return {parameter<kPerColumn>(p.center, at, lanes, partial),
+          parameter<kPerColumn>(p.scale, at, lanes, partial),
+          parameter<kPerColumn>(p.shift, at, lanes, partial)};
+}
+
+// z as the forward pass had it, to the last bit: the one place where it is computed.
+template <typename T, typename Act>
+BN_INLINE Vec<Accumulate<T>> pre_activation(const Vec<Accumulate<T>>& centered,
+                                            const Affine<Accumulate<T>>& affine, const T* residual,
+                                            int lanes, bool partial) {
+  Vec<Accumulate<T>> z = fma(centered, affine.scale, affine.shift);
+  if (residual) z = z + (partial ? load(residual, lanes) : load(residual));
+  if constexpr (Act::kPiecewiseLinear) return round_to<T>(z);
+  return z;
+}
+
+// Bits of a mask for kLanes elements from element at, which is a multiple of 8.
+template <typename A>
+BN_INLINE void write_bits(std::uint8_t* mask, std::int64_t at, int lanes, unsigned bits) {
+  mask[at / 8] = static_cast<std::uint8_t>(bits);
+  if (kLanes<A> > 8 && lanes > 8) mask[at / 8 + 1] = static_cast<std::uint8_t>(bits >> 8);
+}
+template <typename A>
+BN_INLINE unsigned read_bits(const std::uint8_t* mask, std::int64_t at, int lanes) {
+  unsigned bits = mask[at / 8];
+  if (kLanes<A> > 8 && lanes > 8) bits |= static_cast<unsigned>(mask[at / 8 + 1]) << 8;
+  return bits;
+}
+
+// dz = dy * act'(z); set bits of the mask are lanes whose derivative is 1.
+template <typename T, typename Act>
+BN_INLINE Vec<Accumulate<T>> activation_gradient(const Vec<Accumulate<T>>& dy,
+                                                 const Vec<Accumulate<T>>& centered,
+                                                 const Affine<Accumulate<T>>& affine,
+                                                 const T* residual, const std::uint8_t* mask,
+                                                 std::int64_t at, Accumulate<T> param, int lanes,
+                                                 bool partial) {
+  using A = Accumulate<T>;
+  if constexpr (Act::kPiecewiseLinear) {
+    if (mask) {
+      return select(from_bits<A>(read_bits<A>(mask, at, lanes)), dy, Act::dropped(dy, param));
+    }
+    const Vec<A> z = pre_activation<T, Act>(centered, affine, residual, lanes, partial);
+    return select(Act::drops(z), Act::dropped(dy, param), dy);
+  } else if constexpr (__is_same(Act, Identity)) {
+    return dy;
+  } else {
+    const Vec<A> z = pre_activation<T, Act>(centered, affine, residual, lanes, partial);
+    return dy * Act::derivative(z, param);
+  }
+}
+
+// ---- forward: y = act((x - center) * scale + shift [+ residual]) ----
+
+BN_INLINE bool is_aligned(const void* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+template <typename T, typename Act, bool kPartial>
+BN_INLINE void forward_vector(const ForwardSpan<T>& s, const Affine<Accumulate<T>>& affine,
+                              Accumulate<T> param, std::int64_t at, int lanes, bool stream) {
+  using A = Accumulate<T>;
+  const Vec<A> x = kPartial ? load(s.x + at, lanes) : load(s.x + at);
+  const Vec<A> z = pre_activation<T, Act>(x - affine.center, affine,
+                                          s.residual ? s.residual + at : nullptr, lanes, kPartial);
+  if constexpr (Act::kPiecewiseLinear) {
+    if (s.mask) write_bits<A>(s.mask, at, lanes, ~to_bits(Act::drops(z)));
+  }
+  const Vec<A> y = Act::value(z, param);
+  if constexpr (kPartial) {
+    store(s.y + at, y, lanes);
+  } else if (stream) {
+    store_streaming(s.y + at, y);
+  } else {
+    store(s.y + at, y);
+  }
+}
+
+// span and params are copied, so that the compiler knows that no store changes them.
+template <typename T, typename Act, bool kPerColumn>
+static void forward(const ForwardSpan<T>& span, const ForwardParams<Accumulate<T>>& params) {
+  using A = Accumulate<T>;
+  const ForwardSpan<T> s = span;
+  const ForwardParams<A> p = params;
+  const bool stream = s.stream && is_aligned(s.y);
+  const Affine<A> shared = affine_at<false>(p, 0, 0, false);
+  std::int64_t at = 0;
+#pragma GCC unroll 4
+  for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
+    const Affine<A> affine = kPerColumn ? affine_at<kPerColumn>(p, at, 0, false) : shared;
+    __builtin_prefetch(s.x + at + s.ahead);
+    forward_vector<T, Act, false>(s, affine, p.activation_param, at, kLanes<A>, stream);
+  }
+  if (at < s.length) {
+    const int lanes = static_cast<int>(s.length - at);
+    const Affine<A> affine = affine_at<kPerColumn>(p, at, lanes, true);
+    forward_vector<T, Act, true>(s, affine, p.activation_param, at, lanes, false);
+  }
+}
+
+// ---- backward: dx = scale * (dz + (x - center) * slope + offset) ----
+
+template <typename T, typename Act, bool kPerColumn, bool kPartial>
+BN_INLINE void backward_vector(const BackwardSpan<T>& s, const BackwardParams<Accumulate<T>>& p,
+                               const Affine<Accumulate<T>>& affine, Vec<Accumulate<T>> slope,
+                               Vec<Accumulate<T>> offset, std::int64_t at, int lanes, bool stream) {
+  using A = Accumulate<T>;
+  const Vec<A> dy = kPartial ? load(s.dy + at, lanes) : load(s.dy + at);
+  const Vec<A> x = kPartial ? load(s.x + at, lanes) : load(s.x + at);
+  const Vec<A> centered = x - affine.center;
+  const Vec<A> dz =
+      activation_gradient<T, Act>(dy, centered, affine, s.residual ? s.residual + at : nullptr,
+                                  s.mask, at, p.forward.activation_param, lanes, kPartial);
+  const Vec<A> inner = p.slope ? dz + fma(slope, centered, offset) : dz;
+  const Vec<A> dx = affine.scale * inner;
+  if constexpr (kPartial) {
+    if (s.dx) store(s.dx + at, dx, lanes);
+    if (s.dresidual) store(s.dresidual + at, dz, lanes);
+  } else if (stream) {
+    if (s.dx) store_streaming(s.dx + at, dx);
+    if (s.dresidual) store_streaming(s.dresidual + at, dz);
+  } else {
+    if (s.dx) store(s.dx + at, dx);
+    if (s.dresidual) store(s.dresidual + at, dz);
+  }
+}
+
+template <typename T, typename Act, bool kPerColumn>
+static void backward(const BackwardSpan<T>& span, const BackwardParams<Accumulate<T>>& params) {
+  using A = Accumulate<T>;
+  const BackwardSpan<T> s = span;
+  const BackwardParams<A> p = params;
+  const bool stream =
+      s.stream && (!s.dx || is_aligned(s.dx)) && (!s.dresidual || is_aligned(s.dresidual));
+  const Vec<A> zero = set1(A(0));
+  const Affine<A> shared = affine_at<false>(p.forward, 0, 0, false);
+  const Vec<A> shared_slope = p.slope ? set1(p.slope[0]) : zero;
+  const Vec<A> shared_offset = p.slope ? set1(p.offset[0]) : zero;
+  std::int64_t at = 0;
+#pragma GCC unroll 4
+  for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
+    __builtin_prefetch(s.x + at + s.ahead);
+    __builtin_prefetch(s.dy + at + s.ahead);
+    if constexpr (kPerColumn) {
+      backward_vector<T, Act, true, false>(
+          s, p, affine_at<true>(p.forward, at, 0, false), p.slope ? load(p.slope + at) : zero,
+          p.slope ? load(p.offset + at) : zero, at, kLanes<A>, stream);
+    } else {
+      backward_vector<T, Act, false, false>(s, p, shared, shared_slope, shared_offset, at,
+                                            kLanes<A>, stream);
+    }
+  }
+  if (at < s.length) {
+    const int lanes = static_cast<int>(s.length - at);
+    backward_vector<T, Act, kPerColumn, true>(
+        s, p, affine_at<kPerColumn>(p.forward, at, lanes, true),
+        p.slope ? parameter<kPerColumn>(p.slope, at, lanes, true) : zero,
+        p.slope ? parameter<kPerColumn>(p.offset, at, lanes, true) : zero, at, lanes, false);
+  }
+}
