@@ -4,11 +4,13 @@
 // cpu/kernels.h and the intrinsics. What a kernel must see in memory: nothing beyond the elements
 // named in its arguments; any alignment, except where a span asks for streaming stores.
 
+// clang-format off: each needs what stands above it
+#include "cpu/simd/vec.h"
 #include "cpu/simd/activations.h"
 #include "cpu/simd/elementwise.h"
 #include "cpu/simd/moments.h"
 #include "cpu/simd/sums.h"
-#include "cpu/simd/vec.h"
+// clang-format on
 
 // ---- the table ----
 
