@@ -195,4 +195,3 @@ def _(
         gradient(output_mask[2], weight),
         gradient(output_mask[3], bias),
     )
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,8 +39,9 @@ def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str
     counts = thread_counts(preset, selection)
     groups = selection.groups(preset, counts)
     load = os.getloadavg()[0]
+    limit_s = preset.limit_s if budget_s is None else math.inf
     budget_s = preset.budget_s if budget_s is None else budget_s
-    runner = Runner(budget_s, preset.rounds, llc_bytes())
+    runner = Runner(budget_s, limit_s, preset.rounds, llc_bytes())
     columns = (
         *(TextColumn("{task.description}"), BarColumn()),
         *(MofNCompleteColumn(), TimeElapsedColumn()),
@@ -69,8 +71,12 @@ def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str
         "rounds": list(preset.rounds),
         "load_average_before": load,
     }
-    failures = (runner.failures, runner.peer_failures)
-    return results.build_result(settings, runner.cases, host, saved, *failures)
+    troubles = {
+        "failures": runner.failures,
+        "peer_failures": runner.peer_failures,
+        "skipped": runner.skipped,
+    }
+    return results.build_result(settings, runner.cases, host, saved, troubles)
 
 
 def run(

@@ -187,6 +187,11 @@ def print_report(result: dict[str, Any], console: Console) -> None:
         console.print(goal_table(result))
     show_control(result["control"], console)
     console.print(f"Note: {result['notes'][-1]}", style="dim", highlight=False)
+    if result["skipped"]:
+        console.print(
+            f"[yellow]{len(result['skipped'])} groups of cases were skipped: the preset's time was "
+            "up. The result file names them; --budget SECONDS lifts the limit.[/yellow]"
+        )
     for failure in result["peer_failures"]:
         console.print(f"[yellow]peer left out:[/yellow] {failure}", highlight=False)
     for failure in result["failures"]:

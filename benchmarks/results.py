@@ -36,10 +36,9 @@ def build_result(
     cases: list[dict[str, Any]],
     host_time: list[dict[str, Any]],
     saved_bytes: list[dict[str, Any]],
-    failures: list[str],
-    peer_failures: list[str],
+    troubles: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """The document of one run."""
+    """The document of one run; `troubles` are the lists failures, peer_failures and skipped."""
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -47,8 +46,7 @@ def build_result(
         "settings": settings,
         "environment": collect(),
         "notes": NOTES,
-        "failures": failures,
-        "peer_failures": peer_failures,
+        **troubles,
         "control": control(cases),
         "summary": summarise(cases),
         "host_time": host_time,

@@ -24,12 +24,16 @@ LEAST_S = 0.03
 class Runner:
     """Measures groups one after the other within a time budget."""
 
-    def __init__(self, budget_s: float, rounds: tuple[int, int], llc_bytes: int) -> None:
-        self.deadline = time.monotonic() + budget_s
+    def __init__(
+        self, budget_s: float, limit_s: float, rounds: tuple[int, int], llc_bytes: int
+    ) -> None:
+        self.budget_ends = time.monotonic() + budget_s
+        self.limit_ends = time.monotonic() + limit_s
         self.rounds = rounds
         self.llc_bytes = llc_bytes
         self.cases: list[dict[str, Any]] = []
         self.failures: list[str] = []
+        self.skipped: list[str] = []
         self.peer_failures: list[str] = []
 
     def run(self, groups: Sequence[Group], progress: Callable[[Group], None]) -> None:
@@ -38,8 +42,11 @@ class Runner:
         try:
             for done, group in enumerate(groups):
                 progress(group)
+                if time.monotonic() > self.limit_ends:
+                    self.skipped.append(str(group))
+                    continue
                 torch.set_num_threads(group.threads)
-                left = max(self.deadline - time.monotonic(), 0.0) / (len(groups) - done)
+                left = max(self.budget_ends - time.monotonic(), 0.0) / (len(groups) - done)
                 budget_s = left * TIMING_SHARE / len(group.directions)
                 self._group(group, max(budget_s, LEAST_S))
         finally:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -471,7 +472,7 @@ def only(folder: Path, pattern: str) -> Path:
 def test_run_writes_the_schema(written: Path) -> None:
     result = json.loads(only(written, "*.json").read_text())
     assert result["schema"] == results.SCHEMA
-    assert result["failures"] == []
+    assert result["failures"] == result["peer_failures"] == result["skipped"] == []
     assert {"commit", "dirty"} <= set(result["git"])
     assert result["settings"]["preset"] == "smoke"
     assert result["environment"]["torch"] == torch.__version__
@@ -531,6 +532,21 @@ def test_a_failed_check_is_not_timed_and_exits_1(
     assert result["failures"]
     assert all(entry["timings"] == {} for entry in result["cases"])
     assert result["summary"] == []
+
+
+def test_time_limit_skips_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    preset = dataclasses.replace(shapes.PRESETS["smoke"], limit_s=0.0)
+    monkeypatch.setitem(shapes.PRESETS, "smoke", preset)
+    options = ["--preset", "smoke", "--shape", "4x8x5x5", "--threads", "1", "--op", "bn"]
+    found = invoke("run", *options, "--output", str(tmp_path))
+    assert found.exit_code == 0
+    assert "2 groups of cases were skipped" in found.output
+    result = json.loads(only(tmp_path, "*.json").read_text())
+    assert len(result["skipped"]) == 2
+    assert result["cases"] == []
+    # an explicit budget is the user's own choice of how long it may take
+    found = invoke("run", *options, "--budget", "0.1", "--no-json")
+    assert "skipped" not in found.output
 
 
 def test_a_candidate_that_raises_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -334,3 +334,18 @@ def test_buffers_may_not_want_gradients() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     with pytest.raises(RuntimeError):
         batch_norm(x, mean, torch.ones(3), training=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"residual": torch.empty(0, 4, 2)},
+        {"weight": torch.ones(4)},
+        {"bias": torch.ones(2)},
+        {"activation": "swish"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_an_empty_batch_is_checked_too(wrong: dict[str, object]) -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        batch_norm(torch.empty(0, 3, 2), None, None, training=True, **wrong)  # type: ignore[arg-type]

@@ -199,7 +199,11 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
 // As torch does: nothing to normalise, nothing learned; the batch still counts.
 at::Tensor empty_batch(const at::Tensor& input, const OptionalTensor& residual,
                        const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& counter) {
+                       const OptionalTensor& counter, c10::string_view activation) {
+  check_residual(residual, input);
+  check_channels(weight, input, "weight");
+  check_channels(bias, input, "bias");
+  activation_of(std::string(activation));
   at::Tensor output = input.clone();
   if (residual) output = output + *residual;
   // Scalars, so that the dtype stays, and a gradient of zero reaches the parameters.
@@ -258,7 +262,7 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
                       double activation_param) {
   check_call(input, running_mean, running_var, training, eps);
   if (input.sym_numel() == 0) {
-    return empty_batch(input, residual, weight, bias, num_batches_tracked);
+    return empty_batch(input, residual, weight, bias, num_batches_tracked, activation);
   }
   at::Tensor output;
   if (needs_graph(input, residual, weight, bias)) {
