@@ -155,14 +155,18 @@ def test_streaming_counts_bytes_not_elements() -> None:
         assert _C.plan(*narrow)["stream"] <= _C.plan(*wide)["stream"], call
 
 
-def test_plans_of_one_element_and_of_none() -> None:
-    """Empty tensors are planned too; nothing divides by zero."""
-    for layout, op, n, s in itertools.product(LAYOUTS, OPS, (0, 1), (0, 1)):
-        call = Call(layout, "float32", n, 5, s, 4, op, False)
-        if n * s == 0 and layout == "channels_first":
-            continue  # the bindings don't plan these
+def test_plans_of_one_element() -> None:
+    for layout, op in itertools.product(LAYOUTS, OPS):
+        call = Call(layout, "float32", 1, 5, 1, 4, op, False)
         plan = _C.plan(*call)
         assert plan["threads"] == 1, (call, plan)
+        assert violations(call, plan) == [], (call, plan)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 1), (1, 0, 1), (1, 5, 0)])
+def test_nothing_is_not_planned(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="should be at least 1"):
+        _C.plan("channels_first", "float32", *sizes, 4, "forward", False)
 
 
 def test_sizes_that_a_32_bit_number_does_not_hold() -> None:

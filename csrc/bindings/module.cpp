@@ -66,8 +66,8 @@ void set_cpu_capability(const std::string& name) {
 
 py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t n, std::int64_t c,
               std::int64_t s, int threads, const std::string& op, bool masked) {
-  if (n < 0 || c < 1 || s < 0 || threads < 1) {
-    throw py::value_error("n and s should be at least 0, c and threads at least 1");
+  if (n < 1 || c < 1 || s < 1 || threads < 1) {
+    throw py::value_error("n, c, s and threads should be at least 1");
   }
   const Problem problem{static_cast<Layout>(index_of(layout, kLayoutNames, "layout")),
                         static_cast<DType>(index_of(dtype, kDTypeNames, "dtype")), n, c, s};
