@@ -3,9 +3,9 @@
 // Single pass, shifted: with K near the chunk's mean, d = x - K, mean = K + sum(d) / n and
 // m2 = sum(d^2) - sum(d)^2 / n. K is the mean of the chunk's first k values; since those are part
 // of the chunk, (K - mean)^2 <= variance * (n - k) / k whatever the data, so that the subtraction
-// costs at most a factor n / k of the float32 rounding error (k = n / 8 or more, but for short
-// chunks). A constant chunk has d = 0 throughout. Chunks are combined in double (Chan, Golub &
-// LeVeque 1979).
+// costs at most a factor n / k of the float32 rounding error (n / k <= 8 for columns, 16 for runs,
+// but for short chunks). A constant chunk has d = 0 throughout. Chunks are combined in double
+// (Chan, Golub & LeVeque 1979).
 
 // Of a column: K, sum(d), sum(d^2).
 template <typename A>
