@@ -102,7 +102,7 @@ static void forward(const ForwardSpan<T>& span, const ForwardParams<Accumulate<T
   const bool stream = s.stream && is_aligned(s.y);
   const Affine<A> shared = affine_at<false>(p, 0, 0, false);
   std::int64_t at = 0;
-#pragma GCC unroll 4
+#pragma GCC unroll kUnroll
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
     const Affine<A> affine = kPerColumn ? affine_at<kPerColumn>(p, at, 0, false) : shared;
     __builtin_prefetch(s.x + at + s.ahead);
@@ -154,7 +154,7 @@ static void backward(const BackwardSpan<T>& span, const BackwardParams<Accumulat
   const Vec<A> shared_slope = p.slope ? set1(p.slope[0]) : zero;
   const Vec<A> shared_offset = p.slope ? set1(p.offset[0]) : zero;
   std::int64_t at = 0;
-#pragma GCC unroll 4
+#pragma GCC unroll kUnroll
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
     __builtin_prefetch(s.x + at + s.ahead);
     __builtin_prefetch(s.dy + at + s.ahead);
