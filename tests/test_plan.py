@@ -71,14 +71,15 @@ def violations(call: Call, plan: _C.Plan) -> list[str]:
         "a folded row holds all channels": plan["fold"] == 1 or plan["unit_channels"] == call.c,
         "only channels-last folds": plan["fold"] == 1 or last,
         "masks fix the rows": not call.masked or plan["fold"] == 1,
-        "masks are not for expanded planes": not call.masked or plan["scheme"] != "expanded",
         "channels-last means columns": (plan["scheme"] == "columns") == last,
         "units own whole bytes of the mask": (
-            not (call.masked and last) or units == 1 or plan["unit_channels"] % 8 == 0
+            not call.masked
+            or plan["scheme"] == "planes"
+            or units == 1
+            or plan["unit_channels"] % 8 == 0
         ),
-        "eval goes in the order of memory, unless planes are small": call.op != "eval"
-        or (plan["cooperative"] and units == 1 and plan["scheme"] != "expanded")
-        or (plan["scheme"] == "expanded" and call.s <= 128),
+        "eval goes in the order of memory": call.op != "eval"
+        or (plan["cooperative"] and units == 1 and plan["scheme"] != "expanded"),
         "half of the threads have a unit, or all a share in each": (
             plan["cooperative"] or 2 * units >= plan["threads"]
         ),
@@ -105,6 +106,13 @@ def test_small_shapes_keep_the_rules() -> None:
             call = Call(layout, "float32", n, c, s, threads, op, masked)
             plan = _C.plan(*call)
             assert violations(call, plan) == [], (call, plan)
+
+
+def test_backward_reads_the_mask_as_forward_laid_it_out() -> None:
+    for call in calls(4000, seed=4):
+        masked = call._replace(masked=True)
+        schemes = {_C.plan(*masked._replace(op=op))["scheme"] for op in ("forward", "backward")}
+        assert len(schemes) == 1, masked
 
 
 def test_a_plan_depends_on_nothing_but_its_arguments() -> None:
@@ -144,10 +152,16 @@ def test_threads_do_not_fall_as_more_are_offered() -> None:
 def test_streaming_begins_at_a_size_and_goes_on() -> None:
     """Stores go past the caches only where the caches could not hold what is written."""
     for layout, dtype, op in itertools.product(LAYOUTS, BYTES, OPS):
-        streams = [_C.plan(layout, dtype, 1 << bits, 64, 16, 4, op)["stream"] for bits in range(24)]
+        streams = [_C.plan(layout, dtype, 1 << bits, 64, 64, 4, op)["stream"] for bits in range(24)]
         assert not streams[0], "a few KB"
         assert streams[-1], "tens of GB"
         assert streams == sorted(streams), (layout, dtype, op, streams)
+
+
+def test_short_planes_that_end_inside_a_line_are_not_streamed() -> None:
+    streams = {s: _C.plan("channels_first", "float32", 64, 4096, s, 2, "eval")["stream"]
+               for s in (192, 196, 208, 3025, 4097)}  # fmt: skip
+    assert streams == {192: True, 196: False, 208: True, 3025: False, 4097: True}
 
 
 def test_streaming_counts_bytes_not_elements() -> None:
@@ -186,7 +200,7 @@ def test_forced_fields_are_kept_within_the_rules() -> None:
             found = violations(call, plan)
             # Prescribed on purpose, whatever suits the call.
             allowed = {
-                "eval goes in the order of memory, unless planes are small",
+                "eval goes in the order of memory",
                 "half of the threads have a unit, or all a share in each",
             }
             assert set(found) <= allowed, (call, plan, found)

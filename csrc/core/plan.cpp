@@ -25,14 +25,20 @@ constexpr std::int64_t kMaxColumns = 4096;
 // Arithmetic: a block of the vector kernels, 4 vectors of 16.
 constexpr std::int64_t kMinColumns = 64;
 // Planes of at most this many elements, and at most so many for each n, are reduced as columns over
-// n: rows enough to pay for combining the columns of a channel. Measured on float32, forward, one
-// thread, as columns and as runs: 0.16 and 0.11 ms for 8x256x14x14, 0.42 and 0.51 for 32x256x14x14,
-// 0.07 and 0.13 for 8x512x7x7.
+// n: rows enough to pay for combining the columns of a channel. Measured on float32, one thread, as
+// columns and as runs, forward + backward: 2.6 and 2.5 ms for 32x256x14x14, 6.5 and 9.7 for
+// 32x1024x14x14, 0.55 and 0.88 for 32x512x7x7, 0.42 and 0.20 for 8x256x14x14.
 constexpr std::int64_t kMaxExpandedPlane = 512;
 constexpr std::int64_t kExpandedPerRow = 8;
-// Without a reduction, runs win from smaller planes on: 0.05 against 0.07 ms for 8x256x14x14, but
-// 0.11 against 0.08 for 32x256x10x10.
-constexpr std::int64_t kMaxExpandedEvalPlane = 128;
+// ... and at least so many n: 0.21 and 0.18 ms for 8x512x7x7, 1.1 and 0.87 for 8x2048x7x7.
+constexpr std::int64_t kMinExpandedRows = 16;
+// Columns of a group that owns whole bytes of the mask.
+constexpr std::int64_t kMaskColumns = 8;
+// Stores past the caches write whole lines. Shorter planes that end inside a line leave it to be
+// merged in memory: eval of float32 32x1024x14x14 took 2.8 ms with such stores, 1.6 without; of
+// 64x64x55x55 (12 KB) 5.4 and 5.1.
+constexpr std::int64_t kLine = 64;
+constexpr std::int64_t kLongPlane = 16 * 1024;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
@@ -83,7 +89,6 @@ struct Planner {
 
   // Nothing to reduce, so everything goes in the order of memory.
   CpuPlan single_pass(CpuPlan plan) const {
-    if (plan.scheme == Scheme::kExpanded && p.s <= kMaxExpandedEvalPlane) return plan;
     if (p.layout == Layout::kChannelsFirst) plan.scheme = Scheme::kPlanes;
     plan.cooperative = true;
     plan.unit_channels = p.c;
@@ -95,11 +100,14 @@ struct Planner {
     const std::int64_t long_runs = divide_up(kRunBytes, p.s * element());
     plan.unit_channels = std::max<std::int64_t>(
         std::min({long_runs, p.c / (4 * threads), l2_budget() / channel_bytes}), 1);
-    if (!masked && p.s <= std::min(kMaxExpandedPlane, kExpandedPerRow * p.n)) {
+    // By the shape alone, since the mask that forward writes is laid out as the scheme has it.
+    if (p.n >= kMinExpandedRows && p.s <= std::min(kMaxExpandedPlane, kExpandedPerRow * p.n)) {
       plan.scheme = Scheme::kExpanded;
-      const std::int64_t wanted = round_up(divide_up(kRowBytes, p.s * element()), 8);
+      const std::int64_t wanted = round_up(divide_up(kRowBytes, p.s * element()), kMaskColumns);
       const std::int64_t most = std::max<std::int64_t>(kMaxColumns / p.s, 1);
-      plan.unit_channels = std::min({wanted, most, divide_up(p.c, threads)});
+      const std::int64_t step = masked ? kMaskColumns : 1;
+      const std::int64_t each = std::min({wanted, most, divide_up(p.c, threads)}) / step * step;
+      plan.unit_channels = std::min(std::max(each, step), p.c);
     }
     const bool kept = channel_bytes * plan.unit_channels * threads <= l3_budget();
     if (kept && balanced(divide_up(p.c, plan.unit_channels))) return plan;
@@ -119,8 +127,8 @@ void apply(const PlanOverride& forced, const Problem& p, bool masked, CpuPlan* p
   if (forced.cooperative >= 0) plan->cooperative = forced.cooperative != 0;
   if (forced.stream >= 0) plan->stream = forced.stream != 0;
   if (forced.unit_channels > 0) {
-    // Groups of 8 columns own whole bytes of the mask.
-    const std::int64_t wanted = masked ? round_up(forced.unit_channels, 8) : forced.unit_channels;
+    const std::int64_t wanted =
+        masked ? round_up(forced.unit_channels, kMaskColumns) : forced.unit_channels;
     plan->unit_channels = std::min(wanted, p.c);
   }
   if (forced.fold > 0 && p.layout == Layout::kChannelsLast && !masked) {
@@ -143,7 +151,10 @@ CpuPlan plan_cpu(const Problem& problem, Pass pass, bool masked, int threads,
   CpuPlan plan = problem.layout == Layout::kChannelsLast ? planner.columns() : planner.planes();
   if (pass == Pass::kEval) plan = planner.single_pass(plan);
   // What is written can only stay in a cache that holds what is read beside it.
-  plan.stream = (reads + 1) * problem.numel() * size_of(problem.dtype) > caches.l3;
+  const std::int64_t plane_bytes = problem.s * size_of(problem.dtype);
+  const bool whole_lines =
+      plan.scheme != Scheme::kPlanes || plane_bytes % kLine == 0 || plane_bytes >= kLongPlane;
+  plan.stream = whole_lines && (reads + 1) * problem.numel() * size_of(problem.dtype) > caches.l3;
   apply(forced, problem, masked, &plan);
   return plan;
 }

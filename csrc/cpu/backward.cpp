@@ -5,11 +5,6 @@ namespace batchnorm {
 namespace cpu {
 namespace {
 
-struct GradientSums {
-  double dz = 0;           // sum(dz)
-  double dz_centered = 0;  // sum(dz * (x - center))
-};
-
 template <typename T>
 class BackwardOperation {
  public:
@@ -108,6 +103,7 @@ class BackwardOperation {
             at(a_.dx, run.offset),
             at(a_.dresidual, run.offset),
             run.length,
+            run.count,
             run.ahead,
             plan_.stream};
   }
@@ -116,9 +112,9 @@ class BackwardOperation {
     const auto params = affine_.params(a_.activation_param);
     const auto kernel = kernels<T>().run_sums[static_cast<int>(a_.activation)];
     geometry.for_each_run(unit, part, a_.mask != nullptr, /*backwards=*/false, [&](const Run& run) {
-      GradientSums& total = partials_.at(part.index, run.channel);
       for_each_piece(run, [&](const Run& piece) {
-        kernel(span(piece), at_channel(params, run.channel), &total.dz, &total.dz_centered);
+        kernel(span(piece), at_channel(params, piece.channel),
+               &partials_.at(part.index, piece.channel));
       });
     });
   }

@@ -25,8 +25,8 @@ void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
   const auto span = [&](const Run& run) {
     return ForwardSpan<T>{x + run.offset, residual ? residual + run.offset : nullptr,
                           y + run.offset, mask ? mask + run.mask : nullptr,
-                          run.length,     run.ahead,
-                          plan.stream};
+                          run.length,     run.count,
+                          run.ahead,      plan.stream};
   };
   if (geometry.planes()) {
     const auto params = affine.params(a.activation_param);
@@ -96,9 +96,9 @@ class TrainOperation {
     const T* const x = static_cast<const T*>(a_.x);
     const auto kernel = kernels<T>().run_moments;
     geometry.for_each_run(unit, part, /*masked=*/false, /*backwards=*/false, [&](const Run& run) {
-      Moments& total = partials_.at(part.index, run.channel);
       for_each_piece(run, [&](const Run& piece) {
-        total = combine(total, kernel(x + piece.offset, piece.length));
+        kernel(x + piece.offset, piece.length, piece.count,
+               &partials_.at(part.index, piece.channel));
       });
     });
   }

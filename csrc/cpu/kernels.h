@@ -36,15 +36,18 @@ struct BackwardParams {
   const A* offset;
 };
 
-// A contiguous run of elements.
+// Runs of elements that follow each other in memory. Where columns share a channel there may be
+// several, and each has the next channel's parameters and starts a new byte of the mask; with
+// parameters per column there is one.
 template <typename T>
 struct ForwardSpan {
   const T* x;
   const T* residual;  // or null
   T* y;
-  std::uint8_t* mask;  // or null; bit i % 8 of byte i / 8 belongs to element i
-  std::int64_t length;
-  std::int64_t ahead;  // elements from here to the run that comes next, to be prefetched; 0: none
+  std::uint8_t* mask;   // or null; bit i % 8 of byte i / 8 belongs to element i
+  std::int64_t length;  // of each run
+  std::int64_t runs;
+  std::int64_t ahead;  // elements from here to the span that comes next, to be prefetched; 0: none
   bool stream;         // store past the caches
 };
 
@@ -57,6 +60,7 @@ struct BackwardSpan {
   T* dx;                     // or null
   T* dresidual;              // or null
   std::int64_t length;
+  std::int64_t runs;
   std::int64_t ahead;
   bool stream;
 };
@@ -72,6 +76,11 @@ struct BackwardRows {
   bool has_mask;
 };
 
+struct GradientSums {
+  double dz = 0;           // sum(dz)
+  double dz_centered = 0;  // sum(dz * (x - center))
+};
+
 template <typename T>
 struct Kernels {
   using A = Accumulate<T>;
@@ -81,15 +90,15 @@ struct Kernels {
   // kept: room for column_scratch(cols) values.
   void (*column_moments)(const T* const* rows, int count, std::int64_t cols, A* kept, double before,
                          double* mean, double* m2);
-  // Of one channel's run.
-  Moments (*run_moments)(const T* x, std::int64_t length);
+  // Adds the moments of runs that follow each other, of length <= kRunLength, to one total each.
+  void (*run_moments)(const T* x, std::int64_t length, std::int64_t runs, Moments* totals);
   void (*forward[kActivations][2])(const ForwardSpan<T>&, const ForwardParams<A>&);
-  // Adds sum(dz) and sum(dz * (x - center)): of each column with params per column, or of a run
-  // with one channel's params (dx and dresidual are not written).
+  // Adds sum(dz) and sum(dz * (x - center)): of each column, or of each run of length <= kRunLength
+  // to its total (dx and dresidual are not written).
   void (*column_sums[kActivations])(const BackwardRows<T>&, int count, std::int64_t cols, A* kept,
                                     const ForwardParams<A>&, double* sum, double* dot);
-  void (*run_sums[kActivations])(const BackwardSpan<T>&, const ForwardParams<A>&, double* sum,
-                                 double* dot);
+  void (*run_sums[kActivations])(const BackwardSpan<T>&, const ForwardParams<A>&,
+                                 GradientSums* totals);
   void (*backward[kActivations][2])(const BackwardSpan<T>&, const BackwardParams<A>&);
 };
 

@@ -36,9 +36,10 @@ struct Matrix {
 };
 
 // A contiguous run of elements, the byte of its first mask bit, and (Scheme::kPlanes) its channel.
+// It may stand for `count` runs that follow each other, each of the next channel.
 struct Run {
-  std::int64_t offset, mask, length, channel;
-  std::int64_t ahead;  // where the next run starts, from here; 0 where there is none
+  std::int64_t offset, mask, length, channel, count;
+  std::int64_t ahead;  // where the next one starts, from here; 0 where there is none
 };
 
 // What the kernels see of a unit's channels: a matrix whose columns belong to channels, or
@@ -53,7 +54,9 @@ class Geometry {
 
   Matrix matrix(const Channels& g) const {
     if (plan_.scheme == Scheme::kExpanded) {
-      return {g.begin * p_.s, p_.n, p_.c * p_.s, g.count() * p_.s, 0, 0};
+      // The bits of all of an image's planes follow each other without padding.
+      return {g.begin * p_.s,           p_.n, p_.c * p_.s, g.count() * p_.s, g.begin * p_.s / 8,
+              p_.c * mask_row_bytes(p_)};
     }
     const std::int64_t row = plan_.fold * p_.c;
     return {g.begin,     p_.n * p_.s / plan_.fold, row, plan_.fold == 1 ? g.count() : row,
@@ -102,9 +105,9 @@ class Geometry {
                                  : backwards ? -std::min(step * m.stride, row * m.stride)
                                              : step * m.stride;
       visit(Run{m.offset + row * m.stride, m.mask_offset + row * m.mask_stride, count * m.cols, 0,
-                ahead});
+                1, ahead});
     }
-    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols, 0, 0});
+    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols, 0, 1, 0});
   }
 
  private:
@@ -118,14 +121,33 @@ class Geometry {
     const std::int64_t begin = part.begin(all), end = part.end(all);
     if (begin == end) return;
     const std::int64_t first = begin / cells, last = (end - 1) / cells;  // planes of the unit
-    for (std::int64_t i = first; i <= last; ++i) {
-      const std::int64_t at = backwards ? last - (i - first) : i;
+    std::int64_t count = 0;
+    for (std::int64_t done = 0; done <= last - first; done += count) {
+      const std::int64_t left = last - first + 1 - done;
+      std::int64_t at = backwards ? last - done : first + done;
+      const auto is_whole = [&](std::int64_t plane) {
+        return plane * cells >= begin && (plane + 1) * cells <= end;
+      };
+      count = whole_planes(at, left, backwards, unit.count(), is_whole);
+      if (backwards) at -= count - 1;
       const std::int64_t from = std::max(begin - at * cells, std::int64_t{0}) * kCell;
-      const std::int64_t to = std::min((end - at * cells) * kCell, p_.s);
+      const std::int64_t to = count > 1 ? p_.s : std::min((end - at * cells) * kCell, p_.s);
       const std::int64_t channel = unit.begin + at % unit.count();
       const std::int64_t plane = at / unit.count() * p_.c + channel;
-      visit(Run{plane * p_.s + from, plane * mask_row_bytes(p_) + from / 8, to - from, channel, 0});
+      visit(Run{plane * p_.s + from, plane * mask_row_bytes(p_) + from / 8, to - from, channel,
+                count, 0});
     }
+  }
+
+  // How many planes from plane `at` on (or back) go together: whole ones of one image. At least 1.
+  template <typename IsWhole>
+  static std::int64_t whole_planes(std::int64_t at, std::int64_t left, bool backwards,
+                                   std::int64_t channels, const IsWhole& is_whole) {
+    if (!is_whole(at)) return 1;
+    const std::int64_t in_image = backwards ? at % channels + 1 : channels - at % channels;
+    const std::int64_t count = std::min(left, in_image);
+    const std::int64_t far = backwards ? at - count + 1 : at + count - 1;
+    return is_whole(far) ? count : std::max<std::int64_t>(count - 1, 1);  // only ends are partial
   }
 
   const Problem& p_;
@@ -153,12 +175,16 @@ void for_each_chunk(const Matrix& matrix, std::int64_t begin, std::int64_t end,
   }
 }
 
-// Calls visit(run) for pieces of a run that a reduction takes at once.
+// Calls visit(run) for what a reduction takes at once.
 template <typename Visit>
 void for_each_piece(const Run& run, const Visit& visit) {
-  for (std::int64_t at = 0; at < run.length; at += kRunLength) {
-    visit(Run{run.offset + at, run.mask + at / 8,
-              std::min<std::int64_t>(kRunLength, run.length - at), run.channel, 0});
+  if (run.length <= kRunLength) return visit(run);
+  const std::int64_t mask_bytes = (run.length + 7) / 8;
+  for (std::int64_t i = 0; i < run.count; ++i) {
+    for (std::int64_t at = 0; at < run.length; at += kRunLength) {
+      visit(Run{run.offset + i * run.length + at, run.mask + i * mask_bytes + at / 8,
+                std::min<std::int64_t>(kRunLength, run.length - at), run.channel + i, 1, 0});
+    }
   }
 }
 

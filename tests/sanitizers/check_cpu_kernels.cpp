@@ -341,8 +341,13 @@ struct Location {
   int mask_bit;
 };
 
-// Of element i in memory's order.
-Location locate(const Problem& p, std::int64_t i) {
+// Of element i in memory's order, where planes are reduced as columns or not.
+Location locate(const Problem& p, bool expanded, std::int64_t i) {
+  if (expanded) {
+    const std::int64_t image = p.c * p.s, at = i % image;
+    const std::int64_t row_bytes = p.c * batchnorm::mask_row_bytes(p);
+    return {at / p.s, i / image * row_bytes + at / 8, static_cast<int>(at % 8)};
+  }
   const bool first = p.layout == Layout::kChannelsFirst;
   const std::int64_t length = first ? p.s : p.c, row = i / length, at = i % length;
   return {first ? row % p.c : at, row * batchnorm::mask_row_bytes(p) + at / 8,
@@ -402,7 +407,7 @@ class Check {
     std::vector<double> centers;
     for (std::int64_t c = 0; c < p_.c; ++c) centers.push_back(3 * random_.value());
     for (std::int64_t i = 0; i < p_.numel(); ++i) {
-      const double center = centers[static_cast<std::size_t>(locate(p_, i).channel)];
+      const double center = centers[static_cast<std::size_t>(location(i).channel)];
       x_.set(i, center + 2 * random_.value());
       dy_.set(i, random_.value());
       if (residual_) residual_.set(i, 2 * random_.value());
@@ -434,7 +439,7 @@ class Check {
   }
 
   std::size_t channel(std::int64_t i) const {
-    return static_cast<std::size_t>(locate(p_, i).channel);
+    return static_cast<std::size_t>(location(i).channel);
   }
 
   // The activation's input, and what rounding may change about it.
@@ -584,20 +589,24 @@ class Check {
     if (c_.mask) expect_mask(mask);
   }
 
+  Location location(std::int64_t i) const {
+    return locate(p_, plan(Pass::kForward, c_.mask).scheme == batchnorm::Scheme::kExpanded, i);
+  }
+
   bool expected_bit(const Input& in) const { return derivative_of(c_.activation, in.z, 0) == 1; }
 
   // So that a bit that isn't written is wrong.
   void fill_with_wrong_bits(const Buffer& mask) const {
     for (std::int64_t i = 0; i < p_.numel(); ++i) {
       if (!expected_bit(input_at(i, mean_, invstd_))) continue;
-      const Location at = locate(p_, i);
+      const Location at = location(i);
       mask.bytes()[at.mask_byte] &= static_cast<std::uint8_t>(~(1u << at.mask_bit));
     }
   }
 
   void expect_mask(const Buffer& mask) const {
     for (std::int64_t i = 0; i < p_.numel(); ++i) {
-      const Location at = locate(p_, i);
+      const Location at = location(i);
       const Input in = input_at(i, mean_, invstd_);
       if (near_jump(c_.activation, in.z, in.error)) continue;
       const bool bit = (mask.bytes()[at.mask_byte] >> at.mask_bit) & 1;
@@ -650,7 +659,7 @@ class Check {
       const Input in = input_at(i, mean_, invstd_);
       double slope;
       if (c_.mask) {
-        const Location at = locate(p_, i);
+        const Location at = location(i);
         const bool keeps = (mask.bytes()[at.mask_byte] >> at.mask_bit) & 1;
         slope = keeps ? 1 : c_.activation == Activation::kLeakyRelu ? c_.param : 0;
       } else {

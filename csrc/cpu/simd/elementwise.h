@@ -93,12 +93,23 @@ BN_INLINE void forward_vector(const ForwardSpan<T>& s, const Affine<Accumulate<T
   }
 }
 
-// span and params are copied, so that the compiler knows that no store changes them.
+template <typename A>
+BN_INLINE ForwardParams<A> next_channel(const ForwardParams<A>& p) {
+  return {p.center + 1, p.scale + 1, p.shift + 1, p.activation_param};
+}
+
+template <typename Pointer>
+BN_INLINE Pointer advance(Pointer pointer, std::int64_t by) {
+  return pointer ? pointer + by : pointer;
+}
+
+// Bytes of the mask that a run has of its own.
+BN_INLINE std::int64_t mask_bytes(std::int64_t length) { return (length + 7) / 8; }
+
+// s and p are copies, so that the compiler knows that no store changes them.
 template <typename T, typename Act, bool kPerColumn>
-static void forward(const ForwardSpan<T>& span, const ForwardParams<Accumulate<T>>& params) {
+BN_INLINE void forward_run(const ForwardSpan<T> s, const ForwardParams<Accumulate<T>> p) {
   using A = Accumulate<T>;
-  const ForwardSpan<T> s = span;
-  const ForwardParams<A> p = params;
   const bool stream = s.stream && is_aligned(s.y);
   const Affine<A> shared = affine_at<false>(p, 0, 0, false);
   std::int64_t at = 0;
@@ -112,6 +123,21 @@ static void forward(const ForwardSpan<T>& span, const ForwardParams<Accumulate<T
     const int lanes = static_cast<int>(s.length - at);
     const Affine<A> affine = affine_at<kPerColumn>(p, at, lanes, true);
     forward_vector<T, Act, true>(s, affine, p.activation_param, at, lanes, false);
+  }
+}
+
+template <typename T, typename Act, bool kPerColumn>
+static void forward(const ForwardSpan<T>& span, const ForwardParams<Accumulate<T>>& params) {
+  ForwardSpan<T> s = span;
+  ForwardParams<Accumulate<T>> p = params;
+  if constexpr (kPerColumn) return forward_run<T, Act, true>(s, p);
+  for (std::int64_t run = 0; run < span.runs; ++run) {
+    forward_run<T, Act, false>(s, p);
+    s.x += s.length;
+    s.residual = advance(s.residual, s.length);
+    s.y += s.length;
+    s.mask = advance(s.mask, mask_bytes(s.length));
+    p = next_channel(p);
   }
 }
 
@@ -143,10 +169,8 @@ BN_INLINE void backward_vector(const BackwardSpan<T>& s, const BackwardParams<Ac
 }
 
 template <typename T, typename Act, bool kPerColumn>
-static void backward(const BackwardSpan<T>& span, const BackwardParams<Accumulate<T>>& params) {
+BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumulate<T>> p) {
   using A = Accumulate<T>;
-  const BackwardSpan<T> s = span;
-  const BackwardParams<A> p = params;
   const bool stream =
       s.stream && (!s.dx || is_aligned(s.dx)) && (!s.dresidual || is_aligned(s.dresidual));
   const Vec<A> zero = set1(A(0));
@@ -173,5 +197,24 @@ static void backward(const BackwardSpan<T>& span, const BackwardParams<Accumulat
         s, p, affine_at<kPerColumn>(p.forward, at, lanes, true),
         p.slope ? parameter<kPerColumn>(p.slope, at, lanes, true) : zero,
         p.slope ? parameter<kPerColumn>(p.offset, at, lanes, true) : zero, at, lanes, false);
+  }
+}
+
+template <typename T, typename Act, bool kPerColumn>
+static void backward(const BackwardSpan<T>& span, const BackwardParams<Accumulate<T>>& params) {
+  BackwardSpan<T> s = span;
+  BackwardParams<Accumulate<T>> p = params;
+  if constexpr (kPerColumn) return backward_run<T, Act, true>(s, p);
+  for (std::int64_t run = 0; run < span.runs; ++run) {
+    backward_run<T, Act, false>(s, p);
+    s.x += s.length;
+    s.dy += s.length;
+    s.residual = advance(s.residual, s.length);
+    s.mask = advance(s.mask, mask_bytes(s.length));
+    s.dx = advance(s.dx, s.length);
+    s.dresidual = advance(s.dresidual, s.length);
+    p.forward = next_channel(p.forward);
+    p.slope = advance(p.slope, 1);
+    p.offset = advance(p.offset, 1);
   }
 }

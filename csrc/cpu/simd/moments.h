@@ -196,10 +196,9 @@ static void column_moments(const T* const* rows, int count, std::int64_t cols, A
   }
 }
 
-// One channel's run of length <= kRunLength: K is shared by all lanes, so that the lanes' sums just
-// add up.
+// K is shared by all lanes, so that the lanes' sums just add up.
 template <typename T>
-static Moments run_moments(const T* x, std::int64_t length) {
+BN_INLINE Moments moments_of_run(const T* x, std::int64_t length) {
   using A = Accumulate<T>;
   constexpr int kLane = kLanes<A>;
   constexpr int kVectors = 4;
@@ -242,4 +241,11 @@ static Moments run_moments(const T* x, std::int64_t length) {
   m.m2 = squared < 0 ? 0 : squared;
   m.count = n;
   return m;
+}
+
+template <typename T>
+static void run_moments(const T* x, std::int64_t length, std::int64_t runs, Moments* totals) {
+  for (std::int64_t run = 0; run < runs; ++run) {
+    totals[run] = combine(totals[run], moments_of_run(x + run * length, length));
+  }
 }

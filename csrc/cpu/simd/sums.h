@@ -2,14 +2,14 @@
 // vec.h, after moments.h (how rows are walked) and elementwise.h (how dz is computed).
 
 template <typename A>
-struct GradientSums {
+struct PartialSums {
   Vec<A> sum, dot;
 };
 
 template <typename T, typename Act, bool kPartial>
 BN_INLINE void add_gradient(const T* x, const T* dy, const T* residual, const std::uint8_t* mask,
                             std::int64_t at, int lanes, const Affine<Accumulate<T>>& affine,
-                            Accumulate<T> param, GradientSums<Accumulate<T>>* sums) {
+                            Accumulate<T> param, PartialSums<Accumulate<T>>* sums) {
   using A = Accumulate<T>;
   const Vec<A> x_here = kPartial ? load(x + at, lanes) : load(x + at);
   const Vec<A> dy_here = kPartial ? load(dy + at, lanes) : load(dy + at);
@@ -49,7 +49,7 @@ BN_INLINE void sums_of_block(const BackwardRows<T>& rows, const Block& b, Accumu
   using A = Accumulate<T>;
   const bool has_residual = rows.has_residual, has_mask = rows.has_mask;
   Affine<A> affine[kVectors];
-  GradientSums<A> sums[kVectors];
+  PartialSums<A> sums[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     const std::int64_t at = b.at + v * kLanes<A>;
     affine[v] = affine_at<true>(p, at, b.lanes, kPartial);
@@ -99,17 +99,15 @@ static void column_sums(const BackwardRows<T>& rows, int count, std::int64_t col
   }
 }
 
-// One channel's run of length <= kRunLength.
 template <typename T, typename Act>
-static void run_sums(const BackwardSpan<T>& span, const ForwardParams<Accumulate<T>>& p,
-                     double* sum, double* dot) {
+BN_INLINE void sums_of_run(const BackwardSpan<T>& s, const ForwardParams<Accumulate<T>>& p,
+                           GradientSums* total_of_run) {
   using A = Accumulate<T>;
   constexpr int kLane = kLanes<A>;
   constexpr int kVectors = kCheap<Act> ? 4 : 1;
-  const BackwardSpan<T> s = span;
   const A param = p.activation_param;
   const Affine<A> affine = affine_at<false>(p, 0, 0, false);
-  GradientSums<A> sums[kVectors];
+  PartialSums<A> sums[kVectors];
   for (int v = 0; v < kVectors; ++v) sums[v] = {set1(A(0)), set1(A(0))};
   std::int64_t at = 0;
   for (; at + kVectors * kLane <= s.length; at += kVectors * kLane) {
@@ -125,8 +123,25 @@ static void run_sums(const BackwardSpan<T>& span, const ForwardParams<Accumulate
     add_gradient<T, Act, true>(s.x, s.dy, s.residual, s.mask, at, static_cast<int>(s.length - at),
                                affine, param, &sums[0]);
   }
-  for (int v = 0; v < kVectors; ++v) {
-    *sum += total(sums[v].sum);
-    *dot += total(sums[v].dot);
+  if constexpr (kVectors == 4) {
+    sums[0].sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);
+    sums[0].dot = (sums[0].dot + sums[1].dot) + (sums[2].dot + sums[3].dot);
+  }
+  total_of_run->dz += total(sums[0].sum);
+  total_of_run->dz_centered += total(sums[0].dot);
+}
+
+template <typename T, typename Act>
+static void run_sums(const BackwardSpan<T>& span, const ForwardParams<Accumulate<T>>& params,
+                     GradientSums* totals) {
+  BackwardSpan<T> s = span;
+  ForwardParams<Accumulate<T>> p = params;
+  for (std::int64_t run = 0; run < span.runs; ++run) {
+    sums_of_run<T, Act>(s, p, totals + run);
+    s.x += s.length;
+    s.dy += s.length;
+    s.residual = advance(s.residual, s.length);
+    s.mask = advance(s.mask, mask_bytes(s.length));
+    p = next_channel(p);
   }
 }

@@ -392,21 +392,39 @@ template <typename A>
 constexpr int kWideParts = kLanes<A> / kWideLanes;
 
 BN_INLINE NativeDouble wide(const Vec<double>& v, int i) { return v.part[i]; }
+#if BATCHNORM_NATIVE_BYTES == 64
+BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
+  return _mm512_cvtps_pd(i == 0 ? _mm512_castps512_ps256(v.part[0])
+                                : _mm512_extractf32x8_ps(v.part[0], 1));
+}
+#elif BATCHNORM_NATIVE_BYTES == 32
+BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
+  return _mm256_cvtps_pd(i % 2 == 0 ? _mm256_castps256_ps128(v.part[i / 2])
+                                    : _mm256_extractf128_ps(v.part[i / 2], 1));
+}
+#else
 BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
   typedef float HalfFloat __attribute__((vector_size(kNativeBytes / 2)));
   return __builtin_convertvector(
       peek<HalfFloat>(reinterpret_cast<const float*>(&v) + i * kWideLanes), NativeDouble);
 }
+#endif
+
+#if BATCHNORM_NATIVE_BYTES == 64
+BN_INLINE double total(NativeDouble v) { return _mm512_reduce_add_pd(v); }
+#elif BATCHNORM_NATIVE_BYTES == 32
+BN_INLINE double total(NativeDouble v) {
+  const __m128d half = _mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1);
+  return half[0] + half[1];
+}
+#else
+BN_INLINE double total(NativeDouble v) { return v[0] + v[1]; }
+#endif
 
 // The lanes' sum, in a fixed order: halves onto each other.
 template <typename A>
 BN_INLINE double total(const Vec<A>& v) {
   NativeDouble sum = wide(v, 0);
   for (int i = 1; i < kWideParts<A>; ++i) sum = sum + wide(v, i);
-  double lanes[kWideLanes];
-  poke(lanes, sum);
-  for (int half = kWideLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return total(sum);
 }
