@@ -19,7 +19,7 @@ from strategies import (
     check_backward,
     covering_cases,
 )
-from test_forward import SHAPES, plan_cases
+from test_forward import PLANES, SHAPES, plan_cases
 
 AXES = {
     "dtype": DTYPES,
@@ -82,6 +82,11 @@ def test_gradient_of_a_sum(activation: str, dtype: torch.dtype, layout: str) -> 
         gradients.append(torch.autograd.grad(send(case.call(data)), leaves))
     for expanded, dense in zip(*gradients, strict=True):
         assert torch.equal(expanded, dense)
+
+
+@pytest.mark.parametrize("case", PLANES, ids=str)
+def test_planes_together(case: Case) -> None:
+    check_backward(case)
 
 
 @given(case=cases())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -115,6 +116,26 @@ def plan_cases() -> list[Case]:
 @pytest.mark.parametrize("case", plan_cases(), ids=str)
 def test_every_plan(case: Case) -> None:
     """The work may be cut in any way that the planner knows, whatever it would choose itself."""
+    check_forward(case)
+
+
+#: Planes that are walked together: short ones, with a mask that lies across them, and ones that are
+#: longer than a reduction takes at once.
+PLANES = [
+    Case(shape, dtype, "contiguous", activation, residual, plan=plan, seed=i)
+    for i, (shape, dtype, (activation, residual), plan) in enumerate(
+        itertools.product(
+            [(17, 27, 7, 7), (16, 19, 14, 14), (15, 27, 7, 7), (2, 11, 71, 73)],
+            [torch.float32, torch.bfloat16],
+            [("identity", None), ("relu", "contiguous"), ("gelu", "contiguous")],
+            [(), (("threads", 2), ("unit_channels", 8)), (("threads", 3), ("cooperative", True))],
+        )
+    )
+]
+
+
+@pytest.mark.parametrize("case", PLANES, ids=str)
+def test_planes_together(case: Case) -> None:
     check_forward(case)
 
 
