@@ -1,0 +1,249 @@
+"""Compiles the CUDA kernels and a test program for the host, with the emulated device.
+
+As a module: `build("asan", [source], output)`. As a program, for one's own experiments:
+`python tests/emulation/build.py plain my_test.cpp --output build/my_test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RUNTIME = HERE / "runtime"
+CACHE = ROOT / "build" / "emulation"
+
+# Without contraction a product and a sum are rounded each; what kernels want fused they write as
+# fmaf.
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"]
+COMMON += ["-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden", "-fno-gnu-unique"]
+# The runtime's bookkeeping belongs to all fibers; a sanitizer would take it for their own.
+RUNTIME_FLAGS = ["-O2"]
+FLAVOURS: dict[str, list[str]] = {
+    "plain": ["-O2"],
+    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-fsanitize=thread"],
+    "coverage": ["-O0", "--coverage"],
+}
+LINK_FLAGS: dict[str, list[str]] = {
+    "plain": [],
+    "asan": ["-fsanitize=address,undefined"],
+    "tsan": ["-fsanitize=thread"],
+    "coverage": ["--coverage"],
+}
+
+
+class Missing(RuntimeError):
+    """Something that the emulation needs is not installed. The message says what to do."""
+
+
+class CompileError(RuntimeError):
+    """The compiler or linker failed. The message is its own."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One object to compile."""
+
+    source: Path
+    output: Path
+    command: list[str]
+
+
+def compiler() -> list[str]:
+    """The C++ compiler: $CXX, or g++."""
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(command[0]) is None:
+        raise Missing(f"no C++ compiler {command[0]!r}: apt-get install g++")
+    return command
+
+
+def include_of_nvcc(nvcc: str) -> list[Path]:
+    """The include folders that nvcc itself uses: what is on PATH may be a script."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    result = subprocess.run(command, capture_output=True, text=True)
+    found = re.findall(r"^#\$ INCLUDES=(.*)$", result.stderr, re.MULTILINE)
+    words = shlex.split(found[0]) if found else []
+    return [Path(word[2:]) for word in words if word.startswith("-I")]
+
+
+def cuda_include_candidates() -> list[Path]:
+    """Where CUDA's headers may be, the most explicit first."""
+    found = []
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(name):
+            found.append(Path(home) / "include")
+            found += sorted(Path(home).glob("targets/*/include"))
+    if nvcc := shutil.which("nvcc"):
+        found += include_of_nvcc(nvcc)
+    site_packages = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    for folder in sorted(site_packages):
+        found += sorted((folder / "nvidia").glob("cu[0-9]*/include"), reverse=True)
+        found.append(folder / "nvidia" / "cuda_runtime" / "include")
+    found.append(Path("/usr/local/cuda/include"))
+    return found
+
+
+def cuda_includes() -> list[Path]:
+    """CUDA's include folder, and within it the one of its C++ libraries. Nothing is linked."""
+    candidates = cuda_include_candidates()
+    for folder in candidates:
+        needed = ["cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h", "crt/host_defines.h"]
+        if all((folder / name).exists() for name in needed):
+            return [path for path in (folder.resolve(), folder.resolve() / "cccl") if path.is_dir()]
+    raise Missing(
+        "CUDA's headers were not found (no GPU and no driver is needed). Either\n"
+        "  pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl\n"
+        "or install a toolkit and put its nvcc on PATH or its folder into CUDA_HOME.\n"
+        f"Looked in: {', '.join(map(str, candidates))}"
+    )
+
+
+def require_boost() -> None:
+    """Boost.Context, in the compiler's own include path."""
+    command = [*compiler(), "-E", "-x", "c++", "-include", "boost/context/fiber.hpp", os.devnull]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        raise Missing(
+            "boost/context/fiber.hpp was not found: apt-get install libboost-context-dev\n"
+            "(Fedora: boost-devel; conda: libboost-devel)"
+        )
+
+
+def require_everything() -> None:
+    """Raises Missing, with what to install."""
+    compiler()
+    cuda_includes()
+    require_boost()
+
+
+def digest(words: Iterable[str]) -> str:
+    """A short name for a command."""
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+
+
+def dependencies(depfile: Path) -> list[Path]:
+    """The files that an object was made from, as the compiler wrote them down."""
+    text = depfile.read_text().partition(":")[2].replace("\\\n", " ")
+    return [Path(word) for word in shlex.split(text)]
+
+
+def is_current(task: Task) -> bool:
+    """The command is part of the object's name; here, whether a file has changed since."""
+    depfile = task.output.with_suffix(".d")
+    if not task.output.exists() or not depfile.exists():
+        return False
+    made = task.output.stat().st_mtime_ns
+    files = dependencies(depfile)
+    return all(path.exists() and path.stat().st_mtime_ns < made for path in files)
+
+
+def run(command: Sequence[str]) -> None:
+    """Raises CompileError with the compiler's words."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise CompileError(f"{shlex.join(command)}\n{result.stderr}")
+
+
+def compile_one(task: Task) -> None:
+    """Into a name of its own first: two test runs may build at the same time."""
+    if is_current(task):
+        return
+    task.output.parent.mkdir(parents=True, exist_ok=True)
+    own = task.output.with_name(f"{os.getpid()}-{task.output.name}")
+    depfile = task.output.with_suffix(".d")
+    own_depfile = own.with_suffix(".d")
+    words = [*task.command, "-MMD", "-MF", str(own_depfile)]
+    if "--coverage" in words:  # the names of its data are made from the output's name
+        own, own_depfile = task.output, depfile
+        words = [*task.command, "-MMD", "-MF", str(depfile)]
+    run([*words, "-c", str(task.source), "-o", str(own)])
+    own_depfile.replace(depfile)
+    own.replace(task.output)
+
+
+def make_task(source: Path, folder: Path, flags: Sequence[str]) -> Task:
+    language = ["-x", "c++"] if source.suffix == ".cu" else []
+    command = [*compiler(), *COMMON, *flags, *language]
+    name = f"{source.stem}-{digest([str(source), *command])}.o"
+    return Task(source, folder / name, command)
+
+
+def jobs() -> int:
+    """How many files to compile at once: $MAX_JOBS, or one for each processor."""
+    return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+
+
+def link(objects: Sequence[Path], output: Path, flavour: str, link_args: Sequence[str]) -> None:
+    # A library must not take the real CUDA runtime's functions for its own, where one is loaded.
+    shared = ["-shared", "-Wl,-Bsymbolic"] if output.suffix == ".so" else []
+    command = [*compiler(), "-pthread", *LINK_FLAGS[flavour], *shared, *map(str, objects)]
+    command += ["-lboost_context", *link_args]
+    stamp = output.with_name(f"{output.name}.link")
+    text = shlex.join(command)
+    newest = max(path.stat().st_mtime_ns for path in objects)
+    is_same = output.exists() and stamp.exists() and stamp.read_text() == text
+    if is_same and output.stat().st_mtime_ns > newest:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    own = output.with_name(f"{output.name}.{os.getpid()}")
+    run([*command, "-o", str(own)])
+    own.replace(output)
+    stamp.write_text(text)
+
+
+def build(
+    flavour: str,
+    sources: Sequence[Path | str],
+    output: Path | str,
+    defines: Sequence[str] = (),
+    extra_includes: Sequence[Path | str] = (),
+    compile_args: Sequence[str] = (),
+    link_args: Sequence[str] = (),
+) -> Path:
+    """Builds a program, or a library if the output ends in ".so", and returns its path.
+
+    The sources (.cpp and .cu) get the flavour's sanitizer. The runtime is added, without one.
+    `defines` are NAME or NAME=VALUE. What has not changed is not compiled again.
+    """
+    require_everything()
+    output = Path(output).resolve()
+    system = [word for path in cuda_includes() for word in ("-isystem", str(path))]
+    own = [f"-I{path}" for path in (RUNTIME, ROOT / "csrc", *extra_includes)]
+    flags = [*FLAVOURS[flavour], *(f"-D{name}" for name in defines), *compile_args, *own, *system]
+    tasks = [make_task(Path(path).resolve(), CACHE / flavour, flags) for path in sources]
+    runtime_flags = [*RUNTIME_FLAGS, f"-I{RUNTIME}", *system]
+    tasks += [
+        make_task(path, CACHE / "runtime", runtime_flags) for path in sorted(RUNTIME.glob("*.cpp"))
+    ]
+    with ThreadPoolExecutor(jobs()) as pool:
+        list(pool.map(compile_one, tasks))
+    link([task.output for task in tasks], output, flavour, link_args)
+    return output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build a program with the emulated CUDA device.")
+    parser.add_argument("flavour", choices=FLAVOURS)
+    parser.add_argument("sources", nargs="+", type=Path)
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--define", action="append", default=[])
+    arguments = parser.parse_args()
+    try:
+        print(build(arguments.flavour, arguments.sources, arguments.output, arguments.define))
+    except (Missing, CompileError) as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
