@@ -393,9 +393,11 @@ constexpr int kWideParts = kLanes<A> / kWideLanes;
 
 BN_INLINE NativeDouble wide(const Vec<double>& v, int i) { return v.part[i]; }
 #if BATCHNORM_NATIVE_BYTES == 64
+// Masked forms, since gcc 12 warns of the others' own uninitialised variables.
 BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
-  return _mm512_cvtps_pd(i == 0 ? _mm512_castps512_ps256(v.part[0])
-                                : _mm512_extractf32x8_ps(v.part[0], 1));
+  const __m256 half = i == 0 ? _mm512_maskz_extractf32x8_ps(0xff, v.part[0], 0)
+                             : _mm512_maskz_extractf32x8_ps(0xff, v.part[0], 1);
+  return _mm512_maskz_cvtps_pd(0xff, half);
 }
 #elif BATCHNORM_NATIVE_BYTES == 32
 BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
@@ -410,13 +412,19 @@ BN_INLINE NativeDouble wide(const Vec<float>& v, int i) {
 }
 #endif
 
-#if BATCHNORM_NATIVE_BYTES == 64
-BN_INLINE double total(NativeDouble v) { return _mm512_reduce_add_pd(v); }
-#elif BATCHNORM_NATIVE_BYTES == 32
-BN_INLINE double total(NativeDouble v) {
+#if BATCHNORM_NATIVE_BYTES >= 32
+BN_INLINE double total_of_four(__m256d v) {
   const __m128d half = _mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1);
   return half[0] + half[1];
 }
+#endif
+#if BATCHNORM_NATIVE_BYTES == 64
+BN_INLINE double total(NativeDouble v) {
+  return total_of_four(_mm512_maskz_extractf64x4_pd(0xf, v, 0) +
+                       _mm512_maskz_extractf64x4_pd(0xf, v, 1));
+}
+#elif BATCHNORM_NATIVE_BYTES == 32
+BN_INLINE double total(NativeDouble v) { return total_of_four(v); }
 #else
 BN_INLINE double total(NativeDouble v) { return v[0] + v[1]; }
 #endif
