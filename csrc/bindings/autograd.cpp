@@ -75,7 +75,7 @@ at::Tensor is_kept(const variable_list& saved, const Settings& s) {
   return std::get<1>(gradients) == 1;
 }
 
-// The gradients by the formula of cpu/batchnorm.h, as a differentiable function of dy, input,
+// The gradients by the formula of core/calls.h, as a differentiable function of dy, input,
 // residual, weight and bias: what create_graph=True asks for. Statistics are computed again, so
 // that they are part of the graph.
 variable_list differentiable_backward(const at::Tensor& grad_output, const variable_list& saved,

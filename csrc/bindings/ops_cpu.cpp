@@ -113,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward_train(
   const at::Tensor mask = empty_mask(problem, save_mask && is_piecewise_linear(activation));
   const bool masked = mask.numel() > 0;
   if (problem.numel() > 0) {
-    const cpu::ForwardTrain call{
+    const ForwardTrain call{
         problem,
         x.data_ptr(),
         pointer(r),
@@ -150,7 +150,7 @@ at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
                        b = readable(bias), m = readable(running_mean), v = readable(running_var);
   const at::Tensor y = empty_output(x);
   if (problem.numel() > 0) {
-    const cpu::ForwardEval call{problem,
+    const ForwardEval call{problem,
                                 x.data_ptr(),
                                 pointer(r),
                                 y.data_ptr(),
@@ -234,7 +234,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const auto gradient_values = [](const at::Tensor& gradient, bool wanted, const char* name) {
     return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
   };
-  const cpu::Backward call{problem,
+  const Backward call{problem,
                            dy.data_ptr(),
                            x.data_ptr(),
                            pointer(r),

@@ -20,7 +20,7 @@ class BackwardOperation {
         slope_(input_terms_.data()),
         offset_(slope_ + input_terms_.padded(a.problem.c)) {}
 
-  bool reduces() const { return a_.dweight.data || a_.dbias.data || (a_.training && a_.dx); }
+  bool reduces() const { return a_.reduces(); }
 
   void prepare(const Channels& channels) {
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {

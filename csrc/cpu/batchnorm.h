@@ -4,9 +4,8 @@
 #include <cstdint>
 #include <functional>
 
-#include "core/activation.h"
+#include "core/calls.h"
 #include "core/plan.h"
-#include "core/types.h"
 
 namespace batchnorm {
 namespace cpu {
@@ -14,61 +13,6 @@ namespace cpu {
 // Runs body(0) ... body(tasks - 1), in any order, on the caller's threads.
 using ParallelFor =
     std::function<void(std::int64_t tasks, const std::function<void(std::int64_t)>& body)>;
-
-// x, residual, y, dy, dx, dresidual: problem.numel() elements of problem.dtype in problem.layout.
-// mean, invstd: double [c]. mask: mask_rows() x mask_row_bytes() of core/types.h.
-
-// Statistics of the batch, y = act((x - mean) * invstd * weight + bias + residual), and
-// running = (1 - momentum) * running + momentum * batch (the variance unbiased, n / (n - 1)).
-struct ForwardTrain {
-  Problem problem;
-  const void* x;
-  const void* residual;  // or null
-  void* y;
-  std::uint8_t* mask;  // or null
-  ChannelValues weight, bias, running_mean, running_var;
-  std::int64_t* num_batches_tracked;  // or null; incremented
-  double momentum;
-  bool cumulative_average;  // instead of momentum: 1 / num_batches_tracked
-  double eps;
-  Activation activation;
-  double activation_param;
-  double* mean;
-  double* invstd;
-};
-
-// y = act((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual).
-struct ForwardEval {
-  Problem problem;
-  const void* x;
-  const void* residual;  // or null
-  void* y;
-  ChannelValues weight, bias, running_mean, running_var;
-  double eps;
-  Activation activation;
-  double activation_param;
-};
-
-// With z the activation's input and dz = dy * act'(z), over the n elements of a channel:
-//   dbias = sum(dz), dweight = invstd * sum(dz * (x - mean)), dresidual = dz,
-//   dx = weight * invstd * (dz - [dbias + (x - mean) * invstd * dweight] / n),
-// the bracket only in training.
-struct Backward {
-  Problem problem;
-  const void* dy;
-  const void* x;
-  const void* residual;      // or null; needed to recompute z where there is no mask
-  const std::uint8_t* mask;  // or null
-  ChannelValues weight, bias;
-  const double* mean;
-  const double* invstd;
-  bool training;
-  Activation activation;
-  double activation_param;
-  void* dx;                      // or null: not needed
-  void* dresidual;               // or null
-  ChannelValues dweight, dbias;  // data null: not needed
-};
 
 void forward_train(const ForwardTrain&, const CpuPlan&, const ParallelFor&);
 void forward_eval(const ForwardEval&, const CpuPlan&, const ParallelFor&);

@@ -545,7 +545,7 @@ class Check {
     }
     std::int64_t batches = 4;
     const double momentum = cumulative ? 0.2 : 0.3;
-    const batchnorm::cpu::ForwardTrain call{p_,
+    const batchnorm::ForwardTrain call{p_,
                                             x_.data(),
                                             residual(),
                                             y.data(),
@@ -616,7 +616,7 @@ class Check {
 
   void forward_eval() {
     const Buffer y = output();
-    const batchnorm::cpu::ForwardEval call{p_,
+    const batchnorm::ForwardEval call{p_,
                                            x_.data(),
                                            residual(),
                                            y.data(),
@@ -674,7 +674,7 @@ class Check {
     const Buffer dresidual = want_dresidual ? output() : Buffer{};
     const PerChannel dweight = random_.one_in(3) ? PerChannel{} : per_channel();
     const PerChannel dbias = random_.one_in(3) ? PerChannel{} : per_channel();
-    const batchnorm::cpu::Backward call{p_,
+    const batchnorm::Backward call{p_,
                                         dy_.data(),
                                         x_.data(),
                                         c_.mask && random_.one_in(2) ? nullptr : residual(),

@@ -1,0 +1,34 @@
+// Batch normalization on CUDA devices: what the bindings call. Device pointers in, an error out; no
+// torch. Nothing here allocates, synchronises or throws.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "core/calls.h"
+#include "core/plan_cuda.h"
+
+namespace batchnorm {
+namespace cuda {
+
+// workspace: plan.workspace_bytes of device memory, aligned to 16 bytes, of no content, that no
+// other call uses before this one has run on the stream. The current device must be the stream's.
+cudaError_t forward_train(const ForwardTrain& call, const CudaPlan& plan, void* workspace,
+                          cudaStream_t stream);
+cudaError_t forward_eval(const ForwardEval& call, const CudaPlan& plan, cudaStream_t stream);
+cudaError_t backward(const Backward& call, const CudaPlan& plan, void* workspace,
+                     cudaStream_t stream);
+// mean = running_mean, invstd = 1 / sqrt(running_var + eps), [c].
+cudaError_t eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
+                            double eps, std::int64_t c, double* mean, double* invstd,
+                            cudaStream_t stream);
+
+// What plan_cuda needs to know of the call. `aligned` is read off the pointers.
+CudaRequest request_of(const ForwardTrain& call);
+CudaRequest request_of(const ForwardEval& call);
+CudaRequest request_of(const Backward& call);
+
+// Of a device; asks the driver at each call, so keep the answer.
+cudaError_t device_limits(int device, DeviceLimits* limits);
+
+}  // namespace cuda
+}  // namespace batchnorm
