@@ -47,6 +47,8 @@ constexpr const char* kStrategyNames[] = {"block", "cluster", "grid", "two_kerne
 
 constexpr int kCudaThreads = 256;  // of every block
 constexpr int kCellElements = 8;   // whole bytes of the mask, 16 bytes of the 16-bit dtypes
+constexpr int kPartialValues = 3;  // two sums and a count for each channel: what a team exchanges
+constexpr int kFinalValues = 5;    // for each channel: what the second pass needs
 
 struct CudaRequest {
   Problem problem;
@@ -93,32 +95,32 @@ struct CudaPlanOverride {
 std::int64_t expanded_channels(const Problem& problem);
 
 // The matrix of a unit (kColumns).
-inline std::int64_t columns_per_channel(const Problem& p) {
+BATCHNORM_HOST_DEVICE inline std::int64_t columns_per_channel(const Problem& p) {
   return p.layout == Layout::kChannelsFirst ? p.s : 1;
 }
 inline std::int64_t matrix_rows(const Problem& p) {
   return p.layout == Layout::kChannelsFirst ? p.n : p.n * p.s;
 }
 
-// A block's shared memory behind the slots, in values of the accumulate type; then the counts.
+// A block's shared memory behind the slots, in values of the accumulate type; the threads' counts
+// come last.
 struct CudaScratch {
   int tree;      // values of the reduction among threads
-  int partials;  // two sums for each channel of the unit: what a team exchanges
-  int finals;    // five values for each channel: what the second pass needs
+  int partials;  // kPartialValues for each channel of the unit
+  int finals;    // kFinalValues for each channel
 
   constexpr std::int64_t bytes(int accumulate_size) const {
-    return static_cast<std::int64_t>(tree + partials + finals) * accumulate_size +
-           kCudaThreads * 4;
+    return static_cast<std::int64_t>(tree + partials + finals + kCudaThreads) * accumulate_size;
   }
 };
-inline CudaScratch cuda_scratch(const Problem& p, Mapping mapping, std::int64_t unit_channels) {
+BATCHNORM_HOST_DEVICE inline CudaScratch cuda_scratch(const Problem& p, Mapping mapping, std::int64_t unit_channels) {
   constexpr std::int64_t kHalf = kCudaThreads / 2;
   const std::int64_t width = mapping == Mapping::kPlanes ? 1 : unit_channels * columns_per_channel(p);
   const std::int64_t cells = (width + kCellElements - 1) / kCellElements;
-  const std::int64_t tree = cells > kHalf ? cells : kHalf;  // cells are padded to whole ones
+  const std::int64_t threads = cells > kHalf ? cells : kHalf;
   const std::int64_t lanes = mapping == Mapping::kPlanes ? 1 : kCellElements;
-  return {static_cast<int>(2 * lanes * tree), static_cast<int>(2 * unit_channels),
-          static_cast<int>(5 * unit_channels)};
+  return {static_cast<int>(2 * lanes * threads), static_cast<int>(kPartialValues * unit_channels),
+          static_cast<int>(kFinalValues * unit_channels)};
 }
 
 CudaPlan plan_cuda(const CudaRequest& request, const DeviceLimits& device,

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Of what kernels call too.
+#ifdef __CUDACC__
+#define BATCHNORM_HOST_DEVICE __host__ __device__
+#else
+#define BATCHNORM_HOST_DEVICE
+#endif
+
 namespace batchnorm {
 
 enum class DType : std::uint8_t { kFloat, kDouble, kBFloat16, kHalf };
@@ -35,7 +42,7 @@ struct Problem {
   DType dtype;
   std::int64_t n, c, s;  // batch, channels, product of the spatial sizes
 
-  std::int64_t per_channel() const { return n * s; }
+  BATCHNORM_HOST_DEVICE std::int64_t per_channel() const { return n * s; }
   std::int64_t numel() const { return n * c * s; }
 };
 

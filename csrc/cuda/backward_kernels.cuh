@@ -1,0 +1,273 @@
+// Gradients. With dz = dy * act'(z), over the n elements of a channel:
+//   dbias = sum(dz), dweight = invstd * sum(dz * (x - mean)), dresidual = dz,
+//   dx = scale * (dz + (x - center) * slope + offset),
+// slope and offset being what the two sums make of it in training, and 0 otherwise.
+//
+// x and dy are read once for the sums and, where they do not stay in shared memory, once more for
+// the gradients; residual or mask, if z needs them, are read twice; dx and dresidual are written
+// once. Launched like the forward kernels.
+#pragma once
+
+#include "core/calls.h"
+#include "cuda/activations.cuh"
+#include "cuda/channel_values.cuh"
+#include "cuda/team.cuh"
+
+namespace batchnorm {
+namespace cuda {
+
+struct BackwardArguments {
+  Geometry geometry;
+  Backward call;
+  bool reduce, apply;  // the passes of this launch
+  void* workspace;     // partial results (Exchange)
+};
+
+// slope and offset of the thread's lanes. One lane's are kept in registers; of 8 columns there are
+// too many, so they stay in shared memory, in the place of the reduction's tree.
+template <typename A, typename WalkType>
+class InputTerms;
+
+template <typename A, Access kAccess>
+class InputTerms<A, PlanesWalk<kAccess>> {
+ public:
+  __device__ InputTerms(const PlanesWalk<kAccess>&, const Scratch<A>& scratch)
+      : slope_(scratch.finals()[3]), offset_(scratch.finals()[4]) {}
+  __device__ A at(int, A centered) const { return fma_of(slope_, centered, offset_); }
+
+ private:
+  A slope_, offset_;
+};
+
+template <typename A, Access kAccess>
+class InputTerms<A, ColumnsWalk<kAccess>> {
+ public:
+  // Called by all threads.
+  __device__ InputTerms(const ColumnsWalk<kAccess>& walk, const Scratch<A>& scratch)
+      : slopes_(scratch.tree() + walk.cell()),
+        offsets_(slopes_ + kCellElements * walk.tree_threads()),
+        stride_(walk.tree_threads()) {
+    if (walk.group() == 0) {
+      for (int e = 0; e < kCellElements; ++e) {
+        const A* const finals = scratch.finals() + walk.channel_of(e) * kFinalValues;
+        slopes_[e * stride_] = finals[3];
+        offsets_[e * stride_] = finals[4];
+      }
+    }
+    __syncthreads();
+  }
+  __device__ A at(int e, A centered) const {
+    return fma_of(slopes_[e * stride_], centered, offsets_[e * stride_]);
+  }
+
+ private:
+  A *slopes_, *offsets_;  // of the thread's first column; the next one's is stride_ further
+  int stride_;
+};
+
+template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
+class Gradients {
+ public:
+  using A = Accumulate<T>;
+  using WalkType = Walk<kMapping, kAccess>;
+  static constexpr int kLanes = WalkType::kLanes;
+  static constexpr int kAtOnce = kCellsAtOnce<T, kAccess, 2>;
+  // Two cells of 8 columns with all their parameters need more than 128 registers; most cells of the
+  // second pass come from shared memory, which needs no loads on their way.
+  static constexpr int kAgainAtOnce = kLanes == 1 ? kAtOnce : 1;
+
+  __device__ Gradients(const BackwardArguments& a, const Unit& unit, void* shared)
+      : a_(a),
+        unit_(unit),
+        slots_(shared, a.geometry.slots),
+        scratch_(a.geometry, kMapping,
+                 static_cast<char*>(shared) + Slots<T, 2>::bytes(a.geometry.slots)),
+        walk_(a.geometry, unit) {}
+
+  __device__ const Scratch<A>& scratch() const { return scratch_; }
+
+  // Per-channel values that both passes need.
+  __device__ void prepare() const {
+    for (int c = threadIdx.x; c < unit_.channels; c += kCudaThreads) {
+      const std::int64_t at = unit_.first_channel + c;
+      write_affine(scratch_.finals() + c * kFinalValues, a_.call.mean[at], a_.call.invstd[at],
+                   load_value(a_.call.weight, at, 1), load_value(a_.call.bias, at, 0));
+    }
+  }
+
+  __device__ void reduce(A* to) {
+    Affine<A, kLanes> affine;
+    load_finals(walk_, scratch_.finals(), affine.values);
+    Partial<A, kLanes> partial;
+    in_order<kAtOnce>(walk_.count(), [&](auto at_once, int i) {
+      constexpr int kCells = decltype(at_once)::value;
+      Place places[kCells];
+      Cells cells[kCells];
+#pragma unroll
+      for (int j = 0; j < kCells; ++j, walk_.forward()) {
+        places[j] = walk_.place();
+        read(places[j], &cells[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) {
+        if (slots_.holds(i + j)) {
+          slots_.put(i + j, 0, cells[j].x);
+          slots_.put(i + j, 1, cells[j].dy);
+        }
+        const Values<A> centered = affine.centered(widen(cells[j].x));
+        GradientSums::add(&partial, dz_of(affine, cells[j], centered), centered,
+                          places[j].valid);
+      }
+    });
+    reduce_block<GradientSums>(walk_, partial, scratch_, to);
+  }
+
+  // Sums of a channel -> the parameters' gradients and the second pass' values.
+  __device__ void finish(int channel, const Partial<A, 1>& total) const {
+    const Backward& call = a_.call;
+    const std::int64_t c = unit_.first_channel + channel;
+    A* const finals = scratch_.finals() + channel * kFinalValues;
+    const double n = static_cast<double>(call.problem.per_channel());
+    const double dz = total.first[0], invstd = call.invstd[c];
+    const double lost = call.mean[c] - static_cast<double>(finals[0]);  // by center's rounding
+    const double dz_deviation = total.second[0] - lost * dz;            // sum(dz * (x - mean))
+    const double slope = -invstd * invstd * dz_deviation / n;
+    finals[3] = static_cast<A>(slope);
+    finals[4] = static_cast<A>(-dz / n - lost * slope);
+    if (unit_.rank != 0) return;
+    store_value(call.dbias, c, dz);
+    store_value(call.dweight, c, invstd * dz_deviation);
+  }
+
+  // From the last cell to the first, as in forward.
+  __device__ void apply() {
+    Affine<A, kLanes> affine;
+    load_finals(walk_, scratch_.finals(), affine.values);
+    const InputTerms<A, WalkType> input_terms(walk_, scratch_);
+    const int count = walk_.count();
+    walk_.start_at(count);
+    in_order<kAgainAtOnce>(count, [&](auto at_once, int done) {
+      constexpr int kCells = decltype(at_once)::value;
+      Place places[kCells];
+      Cells cells[kCells];
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) {
+        walk_.backward();
+        places[j] = walk_.place();
+        read_again(count - 1 - done - j, places[j], &cells[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) write(affine, input_terms, cells[j], places[j]);
+    });
+  }
+
+ private:
+  struct Cells {
+    Cell<T> x, dy, residual;
+    unsigned kept;  // bits of the mask
+  };
+
+  __device__ Cell<T> load_at(const void* tensor, const Place& place) const {
+    return load<kAccess>(static_cast<const T*>(tensor) + place.offset, place.valid);
+  }
+  // What z is made of, if it is needed, besides x.
+  __device__ void read_rest(const Place& place, Cells* cells) const {
+    if (!kSmooth && a_.call.mask) {
+      cells->kept = a_.call.mask[place.mask];
+    } else if (a_.call.residual) {
+      cells->residual = load_at(a_.call.residual, place);
+    }
+  }
+  __device__ void read(const Place& place, Cells* cells) const {
+    cells->x = load_at(a_.call.x, place);
+    cells->dy = load_at(a_.call.dy, place);
+    read_rest(place, cells);
+  }
+  __device__ void read_again(int cell, const Place& place, Cells* cells) const {
+    if (!slots_.holds(cell)) return read(place, cells);
+    cells->x = slots_.get(cell, 0);
+    cells->dy = slots_.get(cell, 1);
+    read_rest(place, cells);
+  }
+
+  __device__ Values<A> dz_of(const Affine<A, kLanes>& affine, const Cells& cells,
+                             const Values<A>& centered) const {
+    const Backward& call = a_.call;
+    const A param = static_cast<A>(call.activation_param);
+    const Values<A> dy = widen(cells.dy);
+    if (!kSmooth && call.mask) return masked_gradient(call.activation, dy, cells.kept, param);
+    return activation_gradient<T, kSmooth>(
+        call.activation, dy, affine.z(centered, call.residual != nullptr, cells.residual), param);
+  }
+
+  __device__ void write(const Affine<A, kLanes>& affine, const InputTerms<A, WalkType>& input_terms,
+                        const Cells& cells, const Place& place) const {
+    const Backward& call = a_.call;
+    const Values<A> centered = affine.centered(widen(cells.x));
+    const Values<A> dz = dz_of(affine, cells, centered);
+    const bool streaming = a_.geometry.stream_stores;
+    if (call.dresidual) {
+      store<kAccess>(static_cast<T*>(call.dresidual) + place.offset, narrow<T>(dz), place.valid,
+                     streaming);
+    }
+    if (!call.dx) return;
+    Values<A> dx;
+#pragma unroll
+    for (int e = 0; e < kCellElements; ++e) {
+      A inner = dz.value[e];
+      if (call.training) inner += input_terms.at(e, centered.value[e]);
+      dx.value[e] = affine.scale(e) * inner;
+    }
+    store<kAccess>(static_cast<T*>(call.dx) + place.offset, narrow<T>(dx), place.valid, streaming);
+  }
+
+  const BackwardArguments& a_;
+  const Unit unit_;
+  const Slots<T, 2> slots_;
+  const Scratch<A> scratch_;
+  WalkType walk_;
+};
+
+template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
+__global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
+    backward_kernel(const __grid_constant__ BackwardArguments a) {
+  using A = Accumulate<T>;
+  const Geometry& g = a.geometry;
+  for (int wave = 0; wave * g.units_at_once < g.units; ++wave) {
+    const std::int64_t index = wave * g.units_at_once + blockIdx.x / g.team;
+    const bool active = index < g.units;
+    const Unit unit = unit_at(g, active ? index : 0, static_cast<int>(blockIdx.x % g.team));
+    Gradients<T, kMapping, kAccess, kSmooth> gradients(a, unit, dynamic_shared<char>());
+    const Exchange<A> exchange(g, gradients.scratch(), static_cast<A*>(a.workspace), wave);
+    if (active) gradients.prepare();
+    __syncthreads();
+    if (active && a.reduce) gradients.reduce(exchange.mine(unit.rank));
+    if (a.reduce) meet(g.strategy);
+    if (active && a.apply && a.call.reduces()) {
+      exchange.template gather<GradientSums>(
+          unit, [&](int channel, const Partial<A, 1>& total) { gradients.finish(channel, total); });
+    }
+    have_gathered(g.strategy);
+    if (active && a.apply && (a.call.dx || a.call.dresidual)) gradients.apply();
+    leave(g.strategy);
+  }
+}
+
+using BackwardKernel = void (*)(BackwardArguments);
+
+// As forward_kernel_for.
+template <typename T>
+BackwardKernel backward_kernel_for(Mapping mapping, Access access, bool smooth) {
+  constexpr Mapping kPlanes = Mapping::kPlanes, kColumns = Mapping::kColumns;
+  constexpr Access kVector = Access::kVector, kScalar = Access::kScalar;
+  static constexpr BackwardKernel kTable[2][2][2] = {
+      {{backward_kernel<T, kPlanes, kVector, false>, backward_kernel<T, kPlanes, kVector, true>},
+       {backward_kernel<T, kPlanes, kScalar, false>, backward_kernel<T, kPlanes, kScalar, true>}},
+      {{backward_kernel<T, kColumns, kVector, false>, backward_kernel<T, kColumns, kVector, true>},
+       {backward_kernel<T, kColumns, kScalar, false>,
+        backward_kernel<T, kColumns, kScalar, true>}}};
+  return kTable[static_cast<int>(mapping)][static_cast<int>(access)][smooth];
+}
+
+}  // namespace cuda
+}  // namespace batchnorm

@@ -1,0 +1,73 @@
+// What a kernel asks of the device beyond arithmetic: shared memory, barriers among blocks, 16-byte
+// accesses. Whatever a host compiler cannot know has its twin here (tests/emulation).
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/plan_cuda.h"
+
+#ifdef __CUDACC__
+// The emulation brings its own.
+template <typename T>
+__device__ T* dynamic_shared() {
+  extern __shared__ uint4 dynamic_shared_memory[];
+  return reinterpret_cast<T*>(dynamic_shared_memory);
+}
+#endif
+
+namespace batchnorm {
+namespace cuda {
+
+// ---- barriers -----------------------------------------------------------------------------------
+
+// Thread-block clusters came with compute capability 9.0; a plan for less has none.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline void cluster_arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
+__device__ inline void cluster_wait() { cooperative_groups::this_cluster().barrier_wait(); }
+template <typename T>
+__device__ T* in_block_of_cluster(T* shared, unsigned rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+#else
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+template <typename T>
+__device__ T* in_block_of_cluster(T* shared, unsigned) {
+  return shared;
+}
+#endif
+
+__device__ inline void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// ---- accesses of 16 bytes -----------------------------------------------------------------------
+
+#ifdef __CUDACC__
+__device__ inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
+__device__ inline void store_16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
+__device__ inline void store_16_streaming(void* to, uint4 value) {
+  __stcs(static_cast<uint4*>(to), value);
+}
+#else
+// A device refuses an address that is no multiple of 16; here the alignment of uint4 is checked by
+// UBSan, and the copy keeps to the host's aliasing rules.
+inline const void* aligned_16(const void* address) {
+  (void)*static_cast<const volatile std::uint32_t*>(address);
+  if (reinterpret_cast<std::uintptr_t>(address) % 16 != 0) __builtin_trap();
+  return address;
+}
+inline uint4 load_16(const void* from) {
+  uint4 value;
+  __builtin_memcpy(&value, aligned_16(from), sizeof(value));
+  return value;
+}
+inline void store_16(void* to, uint4 value) {
+  __builtin_memcpy(const_cast<void*>(aligned_16(to)), &value, sizeof(value));
+}
+inline void store_16_streaming(void* to, uint4 value) { store_16(to, value); }
+#endif
+
+}  // namespace cuda
+}  // namespace batchnorm

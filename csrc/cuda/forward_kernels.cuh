@@ -1,0 +1,220 @@
+// Training and inference: statistics of the batch, and y = act((x - mean) * invstd * weight + bias
+// + residual).
+//
+// x is read once for the statistics and, where it does not stay in shared memory, once more for y;
+// residual is read and y written once. Of a call: Geometry says which block has which unit, and
+// which thread which cells. Launched with kCudaThreads threads, team * units_at_once blocks and the
+// plan's shared memory; cooperatively for Strategy::kGrid, in clusters of `team` for kCluster.
+#pragma once
+
+#include "core/calls.h"
+#include "cuda/activations.cuh"
+#include "cuda/channel_values.cuh"
+#include "cuda/team.cuh"
+
+namespace batchnorm {
+namespace cuda {
+
+struct ForwardArguments {
+  Geometry geometry;
+  ForwardTrain call;    // its statistics' pointers are null for inference
+  bool training;        // else statistics are the running ones
+  bool reduce, apply;   // the passes of this launch
+  void* workspace;      // partial results (Exchange)
+};
+
+template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
+class Forward {
+ public:
+  using A = Accumulate<T>;
+  using WalkType = Walk<kMapping, kAccess>;
+  static constexpr int kLanes = WalkType::kLanes;
+  static constexpr int kAtOnce = kCellsAtOnce<T, kAccess, 1>;
+
+  __device__ Forward(const ForwardArguments& a, const Unit& unit, void* shared)
+      : a_(a),
+        unit_(unit),
+        x_(static_cast<const T*>(a.call.x)),
+        slots_(shared, a.geometry.slots),
+        scratch_(a.geometry, kMapping,
+                 static_cast<char*>(shared) + Slots<T, 1>::bytes(a.geometry.slots)),
+        walk_(a.geometry, unit) {}
+
+  __device__ const Scratch<A>& scratch() const { return scratch_; }
+
+  // First pass: moments of x - (the channel's first element), so that no digits are lost to a
+  // large mean.
+  __device__ void reduce(A* to) {
+    A shift[kLanes];
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) shift[l] = first_element(walk_.channel_of(l));
+    Partial<A, kLanes> partial;
+    in_order<kAtOnce>(walk_.count(), [&](auto at_once, int i) {
+      constexpr int kCells = decltype(at_once)::value;
+      Cell<T> cells[kCells];
+      int valid = kCellElements;
+#pragma unroll
+      for (int j = 0; j < kCells; ++j, walk_.forward()) {
+        const Place place = walk_.place();
+        cells[j] = load<kAccess>(x_ + place.offset, place.valid);
+        valid = place.valid;
+      }
+      Values<A> x[kCells];
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) {
+        if (slots_.holds(i + j)) slots_.put(i + j, 0, cells[j]);
+        x[j] = widen(cells[j]);
+#pragma unroll
+        for (int e = 0; e < kCellElements; ++e) x[j].value[e] -= shift[kLanes == 1 ? 0 : e];
+      }
+      Moments::add(&partial, x, valid);
+    });
+    reduce_block<Moments>(walk_, partial, scratch_, to);
+  }
+
+  // Moments of a channel -> what is saved, the running statistics and the second pass' values.
+  __device__ void finish(int channel, const Partial<A, 1>& total, double momentum) const {
+    const ForwardTrain& call = a_.call;
+    const std::int64_t c = unit_.first_channel + channel;
+    const double n = static_cast<double>(call.problem.per_channel());
+    const double mean = static_cast<double>(first_element(channel)) + total.first[0];
+    const double m2 = total.second[0];
+    const double invstd = 1 / sqrt(m2 / n + call.eps);
+    write_finals(channel, mean, invstd);
+    if (unit_.rank != 0) return;
+    call.mean[c] = mean;
+    call.invstd[c] = invstd;
+    update(call.running_mean, c, mean, momentum);
+    update(call.running_var, c, m2 / (n - 1), momentum);
+  }
+
+  // Inference: the running statistics -> the second pass' values.
+  __device__ void use_running_statistics() const {
+    for (int c = threadIdx.x; c < unit_.channels; c += kCudaThreads) {
+      const std::int64_t at = unit_.first_channel + c;
+      const double variance = load_value(a_.call.running_var, at, 1);
+      write_finals(c, load_value(a_.call.running_mean, at, 0), 1 / sqrt(variance + a_.call.eps));
+    }
+  }
+
+  // Second pass, from the last cell to the first: what does not stay in shared memory was read last
+  // and is the likeliest to be in a cache.
+  __device__ void apply() {
+    Affine<A, kLanes> affine;
+    load_finals(walk_, scratch_.finals(), affine.values);
+    const int count = walk_.count();
+    walk_.start_at(count);
+    in_order<kAtOnce>(count, [&](auto at_once, int done) {
+      constexpr int kCells = decltype(at_once)::value;
+      Place places[kCells];
+      Cell<T> x[kCells], residual[kCells];
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) {
+        walk_.backward();
+        places[j] = walk_.place();
+        const int cell = count - 1 - done - j;
+        x[j] = slots_.holds(cell) ? slots_.get(cell, 0)
+                                  : load<kAccess>(x_ + places[j].offset, places[j].valid);
+        if (a_.call.residual) residual[j] = load<kAccess>(at(a_.call.residual, places[j]), places[j].valid);
+      }
+#pragma unroll
+      for (int j = 0; j < kCells; ++j) write(affine, places[j], x[j], residual[j]);
+    });
+  }
+
+ private:
+  __device__ static const T* at(const void* tensor, const Place& place) {
+    return static_cast<const T*>(tensor) + place.offset;
+  }
+  __device__ A first_element(int channel) const {
+    return widen(x_[(unit_.first_channel + channel) * a_.geometry.columns_per_channel]);
+  }
+  __device__ void write_finals(int channel, double mean, double invstd) const {
+    const std::int64_t c = unit_.first_channel + channel;
+    write_affine(scratch_.finals() + channel * kFinalValues, mean, invstd,
+                 load_value(a_.call.weight, c, 1), load_value(a_.call.bias, c, 0));
+  }
+  __device__ static void update(const ChannelValues& running, std::int64_t c, double batch,
+                                double momentum) {
+    store_value(running, c, (1 - momentum) * load_value(running, c, 0) + momentum * batch);
+  }
+
+  __device__ void write(const Affine<A, kLanes>& affine, const Place& place, const Cell<T>& x,
+                        const Cell<T>& residual) const {
+    const ForwardTrain& call = a_.call;
+    const Values<A> z =
+        affine.z(affine.centered(widen(x)), call.residual != nullptr, residual);
+    unsigned kept;
+    const Values<A> y = activate<T, kSmooth>(call.activation, z,
+                                             static_cast<A>(call.activation_param), &kept);
+    if (!kSmooth && call.mask) {
+      const unsigned existing = (1u << place.valid) - 1;
+      call.mask[place.mask] = static_cast<std::uint8_t>(kept & existing);
+    }
+    store<kAccess>(static_cast<T*>(call.y) + place.offset, narrow<T>(y), place.valid,
+                   a_.geometry.stream_stores);
+  }
+
+  const ForwardArguments& a_;
+  const Unit unit_;
+  const T* x_;
+  const Slots<T, 1> slots_;
+  const Scratch<A> scratch_;
+  WalkType walk_;
+};
+
+// The counter as it will be after this call. Read by all before one writes it: see the plan.
+__device__ inline double momentum_of(const ForwardArguments& a) {
+  const ForwardTrain& call = a.call;
+  if (!a.apply || !call.cumulative_average || !call.num_batches_tracked) return call.momentum;
+  const std::int64_t batches = *call.num_batches_tracked + (a.reduce ? 1 : 0);
+  return 1.0 / static_cast<double>(batches);
+}
+
+template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
+__global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
+    forward_kernel(const __grid_constant__ ForwardArguments a) {
+  using A = Accumulate<T>;
+  const Geometry& g = a.geometry;
+  const double momentum = momentum_of(a);
+  for (int wave = 0; wave * g.units_at_once < g.units; ++wave) {
+    const std::int64_t index = wave * g.units_at_once + blockIdx.x / g.team;
+    const bool active = index < g.units;
+    const Unit unit = unit_at(g, active ? index : 0, static_cast<int>(blockIdx.x % g.team));
+    Forward<T, kMapping, kAccess, kSmooth> forward(a, unit, dynamic_shared<char>());
+    const Exchange<A> exchange(g, forward.scratch(), static_cast<A*>(a.workspace), wave);
+    if (active && a.reduce) forward.reduce(exchange.mine(unit.rank));
+    if (a.reduce) meet(g.strategy);
+    if (a.reduce && wave == 0 && blockIdx.x == 0 && threadIdx.x == 0 && a.call.num_batches_tracked)
+      ++*a.call.num_batches_tracked;
+    if (active && a.apply && a.training) {
+      exchange.template gather<Moments>(unit, [&](int channel, const Partial<A, 1>& total) {
+        forward.finish(channel, total, momentum);
+      });
+    } else if (active && a.apply) {
+      forward.use_running_statistics();
+    }
+    have_gathered(g.strategy);
+    if (active && a.apply) forward.apply();
+    leave(g.strategy);
+  }
+}
+
+using ForwardKernel = void (*)(ForwardArguments);
+
+// Of a storage type: the kernel for a plan and a kind of activation. Each is instantiated in a file
+// of its own.
+template <typename T>
+ForwardKernel forward_kernel_for(Mapping mapping, Access access, bool smooth) {
+  constexpr Mapping kPlanes = Mapping::kPlanes, kColumns = Mapping::kColumns;
+  constexpr Access kVector = Access::kVector, kScalar = Access::kScalar;
+  static constexpr ForwardKernel kTable[2][2][2] = {
+      {{forward_kernel<T, kPlanes, kVector, false>, forward_kernel<T, kPlanes, kVector, true>},
+       {forward_kernel<T, kPlanes, kScalar, false>, forward_kernel<T, kPlanes, kScalar, true>}},
+      {{forward_kernel<T, kColumns, kVector, false>, forward_kernel<T, kColumns, kVector, true>},
+       {forward_kernel<T, kColumns, kScalar, false>, forward_kernel<T, kColumns, kScalar, true>}}};
+  return kTable[static_cast<int>(mapping)][static_cast<int>(access)][smooth];
+}
+
+}  // namespace cuda
+}  // namespace batchnorm

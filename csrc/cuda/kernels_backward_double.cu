@@ -1,0 +1,9 @@
+#include "cuda/backward_kernels.cuh"
+
+namespace batchnorm {
+namespace cuda {
+
+template BackwardKernel backward_kernel_for<double>(Mapping, Access, bool);
+
+}  // namespace cuda
+}  // namespace batchnorm

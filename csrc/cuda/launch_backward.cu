@@ -1,0 +1,51 @@
+// The backward pass: from a call to its kernel.
+#include "cuda/backward_kernels.cuh"
+#include "cuda/batchnorm.h"
+#include "cuda/launch.h"
+
+namespace batchnorm {
+namespace cuda {
+
+extern template BackwardKernel backward_kernel_for<float>(Mapping, Access, bool);
+extern template BackwardKernel backward_kernel_for<double>(Mapping, Access, bool);
+extern template BackwardKernel backward_kernel_for<BFloat16>(Mapping, Access, bool);
+extern template BackwardKernel backward_kernel_for<Half>(Mapping, Access, bool);
+
+namespace {
+
+BackwardKernel find_kernel(const Backward& call, const CudaPlan& plan) {
+  const bool smooth = is_smooth(call.activation);
+  switch (call.problem.dtype) {
+    case DType::kFloat:
+      return backward_kernel_for<float>(plan.mapping, plan.access, smooth);
+    case DType::kDouble:
+      return backward_kernel_for<double>(plan.mapping, plan.access, smooth);
+    case DType::kBFloat16:
+      return backward_kernel_for<BFloat16>(plan.mapping, plan.access, smooth);
+    default:
+      return backward_kernel_for<Half>(plan.mapping, plan.access, smooth);
+  }
+}
+
+}  // namespace
+
+cudaError_t backward(const Backward& call, const CudaPlan& plan, void* workspace,
+                     cudaStream_t stream) {
+  const BackwardArguments arguments = {geometry_of(call.problem, plan), call, false, false,
+                                       workspace};
+  return launch_passes(find_kernel(call, plan), plan, stream, arguments);
+}
+
+CudaRequest request_of(const Backward& call) {
+  return {call.problem,
+          Pass::kBackward,
+          call.reduces(),
+          false,
+          are_aligned(call.dy, call.x, call.residual, call.dx, call.dresidual),
+          call.residual != nullptr,
+          call.mask != nullptr,
+          (call.dx ? 1 : 0) + (call.dresidual ? 1 : 0)};
+}
+
+}  // namespace cuda
+}  // namespace batchnorm
