@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -331,6 +332,20 @@ def test_the_copies_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(found, x), name
         assert found.stride() == x.stride()
         assert found.data_ptr() != x.data_ptr()
+
+
+def test_huge_pages_are_huge() -> None:
+    smaps = Path("/proc/self/smaps")
+    if environment.collect()["transparent_huge_pages"] in ("", "never") or not smaps.exists():
+        pytest.skip("this system gives no huge pages")
+    pages = limits.huge_empty_like(torch.empty(16 << 20, dtype=torch.uint8)).fill_(1)
+    sizes, inside = 0, False
+    for line in smaps.read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= pages.data_ptr() < int(span[2], 16)
+        elif inside and (size := re.match(r"AnonHugePages: +(\d+) kB", line)):
+            sizes += int(size[1])
+    assert sizes >= 8 << 10
 
 
 def test_saved_bytes_of_torch_are_what_torch_saves() -> None:
