@@ -206,6 +206,55 @@ def print_report(result: dict[str, Any], console: Console) -> None:
         console.print(f"[red]check failed:[/red] {failure}", highlight=False)
 
 
+def _quartiles(timing: dict[str, Any]) -> str:
+    return f"{time_text(timing['q1'])} - {time_text(timing['q3'])}"
+
+
+def _trial_row(row: dict[str, Any]) -> tuple[str, ...]:
+    first = next(iter(row["chosen"].values()))
+    fields = ", ".join(f"{key} {first[key]} / {value}" for key, value in row["forced"].items())
+    work = f"{row['mode']} {row['shape']} {SHORT[row['layout']]}"
+    times = (time_text(row["timings"][name]["median"]) for name in ("chosen", "forced"))
+    ratio = ratio_text(row["forced_over_chosen"])
+    return (row["threshold"], work, str(row["threads"]), fields, *times, ratio)
+
+
+def micro_tables(result: dict[str, Any]) -> list[Table]:
+    """What `micro` measured: memory, the plan's thresholds, the kernels of one core."""
+    memory = simple_table(f"One thread, {result['memory'][0]['bytes'] / 1e6:.0f} MB")
+    for name in ("what", "median", "quartiles"):
+        memory.add_column(name, justify="left" if name == "what" else "right")
+    for row in result["memory"]:
+        timing = row["timing"]
+        memory.add_row(row["what"], time_text(timing["median"]), _quartiles(timing))
+    plans = simple_table("Plans, float32: the one chosen against another")
+    for name in ("threshold", "work", "thr", "chosen / forced", "chosen", "forced", "ratio"):
+        wraps = name == "chosen / forced"
+        left = wraps or name in ("threshold", "work")
+        plans.add_column(name, justify="left" if left else "right", no_wrap=not wraps)
+    for row in result["plans"]:
+        plans.add_row(*_trial_row(row))
+    plans.caption = (
+        "train: forward and backward. ratio: how many times as long the forced one takes."
+    )
+    plans.caption_justify = "left"
+    costs = simple_table("Kernels, one core, data in L2: nanoseconds per 16 elements")
+    for name in ("dtype", "kernel"):
+        costs.add_column(name)
+    levels = list(dict.fromkeys(row["cpu_capability"] for row in result["kernels"]))
+    for level in levels:
+        costs.add_column(level, justify="right")
+    cells = {(row["dtype"], row["cpu_capability"]): row["costs"] for row in result["kernels"]}
+    for dtype in dict.fromkeys(dtype for dtype, _ in cells):
+        for kernel in cells[dtype, levels[0]]:
+            found = (cells[dtype, level][kernel] for level in levels)
+            texts = (f"{cost['ns']:.2f} ± {cost['spread']:.2f}" for cost in found)
+            costs.add_row(SHORT[dtype], kernel, *texts)
+    costs.caption = "From the difference of two lengths, which is free of the cost of a call."
+    costs.caption_justify = "left"
+    return [memory, plans, costs]
+
+
 def compare_table(a: pd.DataFrame, b: pd.DataFrame, candidate: str, labels: list[str]) -> Table:
     """`candidate`'s cases that both frames hold: time in each, and how many times as fast b is."""
     picked = [data[data["candidate"] == candidate] for data in (a, b)]

@@ -34,6 +34,17 @@ NOTES = [
 ]
 
 
+def header(settings: dict[str, Any]) -> dict[str, Any]:
+    """What every result file starts with."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git": git_state(),
+        "settings": settings,
+        "environment": collect(),
+    }
+
+
 def build_result(
     settings: dict[str, Any],
     cases: list[dict[str, Any]],
@@ -43,11 +54,7 @@ def build_result(
 ) -> dict[str, Any]:
     """The document of one run; `troubles` are the lists failures, peer_failures and skipped."""
     result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "git": git_state(),
-        "settings": settings,
-        "environment": collect(),
+        **header(settings),
         "notes": NOTES,
         **troubles,
         "control": control(cases),

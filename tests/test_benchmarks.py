@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ for _name in ("typer", "rich", "pandas", "tabulate", "matplotlib", "sklearn"):
 
 from typer.testing import CliRunner
 
+from batchnorm_ext import _C
 from benchmarks import (
     candidates,
     check,
@@ -31,6 +33,7 @@ from benchmarks import (
     demo_report,
     environment,
     limits,
+    micro,
     overhead,
     plots,
     report,
@@ -696,6 +699,79 @@ def test_mode_is_a_choice_of_directions(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert invoke("run", "--mode", "eval", "--direction", "all").exit_code == 0
     assert [selection.directions for selection in seen] == [("forward", "backward"), ("eval",)]
     assert environment.HUGE_PAGES_VARIABLE not in os.environ
+
+
+# --- micro ----------------------------------------------------------------------------------
+
+
+def test_micro_writes_what_its_tables_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trials = (
+        micro.Trial("kRowBytes", "16x32x7x7", {"unit_channels": 1}),
+        micro.Trial("kLongPlane", "2x3x5x5", {"stream": True}, mode="eval"),
+    )
+    monkeypatch.setattr(micro, "TRIALS", trials)
+    monkeypatch.setattr(micro, "MEMORY_SHAPE", (2, 3, 64, 64))
+    usual = _C.cpu_capability()
+    _C.set_cpu_capability("portable")  # not the one that is measured last
+    found = invoke("micro", "--budget", "0", "--output", str(tmp_path))
+    after = _C.cpu_capability()
+    _C.set_cpu_capability(usual)
+    assert found.exit_code == 0, found.output
+    assert after == "portable"
+    assert not _C.plan("channels_first", "float32", 2, 3, 25, 1, "eval")["stream"]
+    result = json.loads(only(tmp_path, "*-micro.json").read_text())
+    assert result["schema"] == results.SCHEMA
+    assert [row["shape"] for row in result["plans"]] == ["16x32x7x7", "2x3x5x5"]
+    assert result["plans"][1]["forced"] == {"stream": True}
+    for row in result["plans"]:
+        assert set(row["timings"]) == {"chosen", "forced"}
+        assert row["forced_over_chosen"]["ratio"] > 0
+    assert len(result["memory"]) == 6
+    measured = {(row["cpu_capability"], row["dtype"]) for row in result["kernels"]}
+    assert {(usual, dtype) for dtype in micro.KERNEL_DTYPES} <= measured
+    assert all(set(row["costs"]) == set(micro.KERNELS) for row in result["kernels"])
+    for text in ("fill, fresh huge pages", "kRowBytes", "stream False / True", "moments of a run"):
+        assert text in found.output
+    assert usual in found.output
+
+
+@pytest.mark.parametrize(
+    "trial", micro.TRIALS, ids=lambda trial: f"{trial.threshold}-{trial.shape}"
+)
+def test_a_trial_compares_two_plans(trial: micro.Trial) -> None:
+    sizes = shapes.find_shape(trial.shape).sizes
+    chosen = micro._plans(trial, sizes)
+    seen: list[dict[str, dict[str, Any]]] = []
+    steps = {name: lambda: seen.append(micro._plans(trial, sizes)) for name in trial.passes}
+    try:
+        for fields in (micro.opposite(trial, chosen), {}):
+            micro._under(fields, SimpleNamespace(**steps), trial.passes)()  # type: ignore[arg-type]
+    finally:
+        _C.force_plan()
+    count = len(trial.passes)
+    assert len(seen) == 2 * count
+    for name in trial.passes:
+        assert all(plans[name] != chosen[name] for plans in seen[:count])
+        assert all(plans[name] == chosen[name] for plans in seen[count:])
+
+
+def test_kernel_costs_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call costs 5 us, 16 elements so many ns; the quartiles lie 10 ns from the median."""
+    ns = {"clone": 0.5, "forward_eval": 1.0, "forward_train": 1.75, "sums": 2.0, "backward": 5.0}
+
+    def fake(calls: Any, **_: Any) -> dict[str, Stats]:
+        parts = (key.split() for key in calls)
+        return {
+            f"{name} {length}": stats(5e-6 + ns[name] * 1e-9 * int(length) / 16, 1e-8)
+            for name, length in parts
+        }
+
+    monkeypatch.setattr(micro, "interleave", fake)
+    costs = micro.kernel_costs("float32", 0.0)
+    assert [cost["ns"] for cost in costs.values()] == [0.75, 2.0, 1.0, 3.0, 0.5]
+    one = 2e-8 / ((micro.LENGTHS[1] - micro.LENGTHS[0]) / 16 * 1e-9)
+    spreads = [cost["spread"] for cost in costs.values()]
+    assert spreads == pytest.approx([2 * one, one, one, 2 * one, one], abs=1e-3)
 
 
 # --- demo ------------------------------------------------------------------------------------
