@@ -211,6 +211,7 @@ class _BatchNormAct(_NormBase):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         negative_slope: float = 0.01,
         alpha: float = 1.0,
         approximate: str = "none",
@@ -218,7 +219,12 @@ class _BatchNormAct(_NormBase):
         dtype: torch.dtype | None = None,
     ) -> None:
         resolved = _resolve_activation(activation, negative_slope, alpha, approximate)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        # Only what differs from the default is passed on: torch 2.11 does not know the argument.
+        # Its `reset_parameters` needs a bias, so there torch's own refusal is the right answer.
+        without_bias = {} if bias else {"bias": False}
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias
+        )
         # The op's name and parameter of the activation, the only record of it: both may be
         # assigned later, and the repr follows.
         self.activation, self.activation_param = resolved
@@ -248,15 +254,17 @@ class BatchNormAct1d(_BatchNormAct):
 
     `activation` is one of "identity" (or None), "relu", "relu6", "leaky_relu" (with
     `negative_slope`), "elu" (with `alpha`), "silu", "gelu" (with `approximate`, "none" or
-    "tanh") and "hardswish". The other arguments are those of `torch.nn.BatchNorm1d`.
+    "tanh") and "hardswish". The other arguments are those of `torch.nn.BatchNorm1d`, with
+    `bias=False` for a weight without a bias.
 
     Shapes: (N, C) or (N, C, L); `residual` and the output have the input's shape, and
     `residual` may have any strides.
 
     Dtypes: as in `BatchNorm1d`; `residual` has the input's dtype.
 
-    Errors: those of `BatchNorm1d`, `ValueError` for an unknown activation, and an error
-    for a residual of another shape or dtype.
+    Errors: those of `BatchNorm1d`, `ValueError` for an unknown activation, an error for a
+    residual of another shape or dtype, and `TypeError` for `bias=False` where torch's own
+    modules have no such argument (torch 2.11).
 
     State: parameters, buffers and the state_dict are those of `torch.nn.BatchNorm1d`; either
     loads the other's checkpoint. The activation is not part of it.

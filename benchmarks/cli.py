@@ -1,4 +1,4 @@
-"""The command line: run, compare, plot, env, demo. torch is loaded by the commands, not here."""
+"""The command line: run, compare, plot, env, demo, micro. torch is loaded by the commands only."""
 
 from __future__ import annotations
 
@@ -185,3 +185,15 @@ def demo(
     from benchmarks import demo as training
 
     raise typer.Exit(training.run(epochs, seeds, output))
+
+
+@app.command()
+def micro(
+    budget: Annotated[float, typer.Option(help="seconds for each comparison")] = 0.7,
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+) -> None:
+    """Measure what single choices rest on: page faults, the plan's thresholds, the kernels."""
+    _require_extension()
+    from benchmarks import micro as measurements
+
+    measurements.run(output, budget)

@@ -55,7 +55,10 @@ def cpu_fields() -> dict[str, str]:
     """The lines of lscpu (or what collect_env reads elsewhere) that matter here."""
     text = collect_env.get_cpu_info(collect_env.run) or ""
     pairs = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    wanted = ("Architecture", "Model name", "CPU(s)", "Thread(s) per core", "Hypervisor vendor")
+    wanted = (
+        *("Architecture", "Model name", "CPU family", "Model", "CPU(s)", "Thread(s) per core"),
+        *("L2 cache", "Hypervisor vendor"),
+    )
     return {key: pairs[key].strip() for key in wanted if key in pairs}
 
 

@@ -38,13 +38,15 @@ def copies(x: Tensor) -> dict[str, Callable[[], object]]:
         CONTROL: source.clone,
     }
     if source.nbytes > FRESH_PAGES_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        calls["huge_clone"] = lambda: _huge_clone(source)
+        calls["huge_clone"] = lambda: huge_empty_like(source).copy_(source)
     return calls
 
 
-def _huge_clone(source: Tensor) -> Tensor:
-    """A copy of `source` in pages of 2 MB straight from the kernel, as far as it grants them."""
-    pages = mmap.mmap(-1, source.nbytes)
+def huge_empty_like(source: Tensor) -> Tensor:
+    """Memory for `source` in pages of 2 MB straight from the kernel, as far as it grants them."""
+    # Private, which is not mmap's default: shared memory has a switch of its own for huge pages,
+    # and that is off on most systems.
+    pages = mmap.mmap(-1, source.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     fresh = torch.frombuffer(pages, dtype=source.dtype)
-    return fresh.as_strided(source.shape, source.stride()).copy_(source)
+    return fresh.as_strided(source.shape, source.stride())

@@ -16,28 +16,46 @@ Case = dict[str, Any]
 KEYS = ("op", "direction", "layout", "dtype", "threads")
 
 
+def speedup(case: Case, baseline: str) -> float:
+    """How many times as long `baseline` takes as ours, as measured."""
+    return float(case["speedup"][baseline]["ratio"])
+
+
+def limit_share(case: Case) -> float:
+    """The fraction of the fastest copy's bandwidth that ours reaches.
+
+    What is proportional to our bandwidth (a speed-up, another fraction), divided by this, is what a
+    kernel at the copy limit would reach.
+    """
+    return float(case["fraction"][OURS][limits.FASTEST])
+
+
 def _baseline_summary(cases: Sequence[Case], baseline: str) -> dict[str, Any] | None:
     rows = [case for case in cases if baseline in case["speedup"]]
     if not rows:
         return None
 
-    def ratio(case: Case) -> float:
-        return float(case["speedup"][baseline]["ratio"])
-
-    worst = min(rows, key=ratio)
+    ratios = [speedup(case, baseline) for case in rows]
+    at_limit = (ratio / limit_share(case) for ratio, case in zip(ratios, rows, strict=True))
+    worst = min(rows, key=lambda case: speedup(case, baseline))
     return {
         "cases": len(rows),
-        "geometric_mean": round(geometric_mean(ratio(case) for case in rows), 4),
-        "worst": ratio(worst),
+        "geometric_mean": round(geometric_mean(ratios), 4),
+        "at_limit": round(geometric_mean(at_limit), 4),
+        "worst": min(ratios),
         "worst_shape": worst["shape"],
         "undecided": sum(not case["speedup"][baseline]["decided"] for case in rows),
     }
 
 
-def fractions(cases: Iterable[Case], limit: str, candidate: str = OURS) -> list[float]:
-    """The fractions of `limit` that `candidate` reaches on tensors larger than the cache."""
-    every = (case["fraction"].get(candidate, {}) for case in cases if case["beyond_cache"])
-    return [float(values[limit]) for values in every if limit in values]
+def beyond_cache(cases: Iterable[Case], limit: str) -> list[Case]:
+    """The cases on tensors larger than the cache for which ours has a fraction of `limit`."""
+    return [c for c in cases if c["beyond_cache"] and limit in c["fraction"].get(OURS, {})]
+
+
+def fractions(cases: Iterable[Case], limit: str) -> list[float]:
+    """The fractions of `limit` that ours reaches on tensors larger than the cache."""
+    return [float(case["fraction"][OURS][limit]) for case in beyond_cache(cases, limit)]
 
 
 def _position(item: tuple[tuple[Any, ...], Any]) -> tuple[int, ...]:
@@ -91,34 +109,48 @@ def control(cases: Iterable[Case]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What one case reached, and a kernel at the copy limit would (None: no copy bounds it)."""
+
+    value: float
+    at_limit: float | None = None
+
+
+@dataclass(frozen=True)
 class Goal:
-    """A figure that the project set itself: `combine` of the values that `collect` finds."""
+    """A figure that the project set itself: `combine` of those that `collect` finds."""
 
     name: str
     target: float
-    collect: Callable[[dict[str, Any]], list[float]]
+    collect: Callable[[dict[str, Any]], list[Figure]]
     combine: Callable[[list[float]], float] = geometric_mean
     at_most: bool = False
 
     def row(self, result: dict[str, Any]) -> dict[str, Any] | None:
-        """Name, target, measured value, over how many cases, whether reached; None without any."""
-        values = self.collect(result)
-        if not values:
+        """The goal against what was measured and against the copy limit; None without cases."""
+        found = self.collect(result)
+        if not found:
             return None
-        value = round(self.combine(values), 3)
+        value = round(self.combine([figure.value for figure in found]), 3)
+        bounds = [figure.at_limit for figure in found if figure.at_limit is not None]
         reached = operator.le if self.at_most else operator.ge
         return {
             "goal": self.name,
             "target": self.target,
+            "at_limit": round(self.combine(bounds), 3) if bounds else None,
             "measured": value,
-            "cases": len(values),
+            "cases": len(found),
             "reached": reached(value, self.target),
         }
 
 
-def _ratios(result: dict[str, Any], **want: str | tuple[str, ...]) -> list[float]:
+def _figure(case: Case, value: float) -> Figure:
+    return Figure(value, value / limit_share(case))
+
+
+def _ratios(result: dict[str, Any], **want: str | tuple[str, ...]) -> list[Figure]:
     return [
-        float(case["speedup"]["eager"]["ratio"])
+        _figure(case, speedup(case, "eager"))
         for case in result["cases"]
         if "eager" in case["speedup"]
         and all(case[key] in ((v,) if isinstance(v, str) else v) for key, v in want.items())
@@ -130,16 +162,17 @@ def _speed_goal(name: str, target: float, **want: str | tuple[str, ...]) -> Goal
 
 
 def _fraction_goal(direction: str, limit: str, target: float) -> Goal:
-    def collect(result: dict[str, Any]) -> list[float]:
-        return fractions((c for c in result["cases"] if c["direction"] == direction), limit)
+    def collect(result: dict[str, Any]) -> list[Figure]:
+        cases = beyond_cache((c for c in result["cases"] if c["direction"] == direction), limit)
+        return [_figure(case, case["fraction"][OURS][limit]) for case in cases]
 
     name = f"{direction} beyond the cache, fraction of {limit.replace('_', ' ')}"
     return Goal(name, target, collect)
 
 
-def _host(result: dict[str, Any]) -> list[float]:
+def _host(result: dict[str, Any]) -> list[Figure]:
     rows = (row for row in result["host_time"] if row["direction"] == "forward+backward")
-    return [float(row["ours_over_eager"]) for row in rows]
+    return [Figure(float(row["ours_over_eager"])) for row in rows]
 
 
 FUSED = ("bn_relu", "bn_add_relu")

@@ -8,9 +8,11 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ for _name in ("typer", "rich", "pandas", "tabulate", "matplotlib", "sklearn"):
 
 from typer.testing import CliRunner
 
+from batchnorm_ext import _C
 from benchmarks import (
     candidates,
     check,
@@ -30,8 +33,10 @@ from benchmarks import (
     demo_report,
     environment,
     limits,
+    micro,
     overhead,
     plots,
+    report,
     results,
     shapes,
     summary,
@@ -332,6 +337,20 @@ def test_the_copies_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.data_ptr() != x.data_ptr()
 
 
+def test_huge_pages_are_huge() -> None:
+    smaps = Path("/proc/self/smaps")
+    if environment.collect()["transparent_huge_pages"] in ("", "never") or not smaps.exists():
+        pytest.skip("this system gives no huge pages")
+    pages = limits.huge_empty_like(torch.empty(16 << 20, dtype=torch.uint8)).fill_(1)
+    sizes, inside = 0, False
+    for line in smaps.read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= pages.data_ptr() < int(span[2], 16)
+        elif inside and (size := re.match(r"AnonHugePages: +(\d+) kB", line)):
+            sizes += int(size[1])
+    assert sizes >= 8 << 10
+
+
 def test_saved_bytes_of_torch_are_what_torch_saves() -> None:
     rows = {(row["op"], row["candidate"]): row for row in overhead.saved_bytes()}
     tensor = rows["bn", "eager"]["tensor_bytes"]
@@ -369,8 +388,12 @@ def case(ratio: float, decided: bool = True, fraction: float = 0.8, **more: Any)
         "timings": timings,
         "speedup": {"eager": {"ratio": ratio, "decided": decided}},
         "fraction": {
-            OURS: {"clone": fraction, "warm_copy": fraction / 2},
-            "eager": {"clone": 0.2, "warm_copy": 0.1},
+            OURS: {
+                "clone": fraction,
+                "warm_copy": fraction / 2,
+                limits.FASTEST: more.pop("fastest", fraction / 2),
+            },
+            "eager": {"clone": 0.2, "warm_copy": 0.1, limits.FASTEST: 0.1},
         },
         **more,
     }
@@ -389,12 +412,27 @@ def test_summary_is_geometric_and_names_the_worst() -> None:
     assert forward["speedup"]["eager"] == {
         "cases": 2,
         "geometric_mean": 4.0,
+        "at_limit": 32.0,  # of 8 / 0.25 and 2 / 0.0625
         "worst": 2.0,
         "worst_shape": "b",
         "undecided": 1,
     }
-    assert forward["beyond_cache"] == {"clone": 0.5, "warm_copy": 0.25}  # not the one in cache
+    # not the one in cache
+    assert forward["beyond_cache"] == {"clone": 0.5, "warm_copy": 0.25, limits.FASTEST: 0.25}
     assert backward["direction"] == "backward"
+
+
+@pytest.mark.parametrize("direction", shapes.DIRECTIONS)
+@pytest.mark.parametrize("op", shapes.OPS)
+def test_the_copy_limit_is_the_baseline_over_a_copy_of_the_bytes(op: str, direction: str) -> None:
+    """Against the definition: the baseline's time over the fastest copy's for as many bytes."""
+    moved, copied = traffic.compulsory_bytes(op, direction, 1 << 20, 4), 8 << 20
+    copy_s, ours_s, eager_s = 2e-3, 6e-3, 9e-3
+    share = traffic.fraction_of_limit(moved, ours_s, copied, copy_s)
+    (row,) = summary.summarise([case(eager_s / ours_s, op=op, direction=direction, fastest=share)])
+    tensors, mask_bits = traffic.FORMULAS[op, direction].tensors, bool("add" in op)
+    limit_s = copy_s * (tensors + (mask_bits and direction != "eval") / 32) / 2
+    assert row["speedup"]["eager"]["at_limit"] == pytest.approx(eager_s / limit_s, rel=1e-4)
 
 
 def test_control_counts_what_the_rule_claims_of_equal_copies() -> None:
@@ -422,6 +460,27 @@ def test_goals_are_measured_and_can_be_missed() -> None:
     assert not any("channels_last" in name for name in rows), "what was not measured is left out"
 
 
+def test_goals_stand_beside_the_copy_limit() -> None:
+    host = [{"direction": "forward+backward", "ours_over_eager": 0.95}]
+    cases = [case(2.0, fastest=0.5), case(2.0, fastest=0.5), case(0.9, op="bn_relu", fastest=0.1)]
+    result = {"cases": cases, "host_time": host}
+    rows = {row["goal"]: row for row in summary.goals(result)}
+    assert rows["channels_first bn forward, geometric mean"]["at_limit"] == 4.0
+    assert rows["slowest case of all"]["at_limit"] == 4.0, "the least of 4, 4 and 9"
+    assert rows["forward beyond the cache, fraction of fastest copy"]["at_limit"] == 1.0
+    assert rows["forward beyond the cache, fraction of clone"]["at_limit"] == pytest.approx(
+        geometric_mean([1.6, 1.6, 8.0]), abs=1e-3
+    )
+    assert next(row for name, row in rows.items() if "host time" in name)["at_limit"] is None
+    console = report.make_console()
+    with console.capture() as shown:
+        console.print(report.goal_table({"goals": list(rows.values())}))
+    lines = {line.split("  ")[1].strip(): line for line in shown.get().splitlines() if "  " in line}
+    # 5.0 was the goal; the other is missed, but not out of reach
+    assert "beyond limit" in lines["channels_first bn forward, geometric mean"]
+    assert "beyond limit" not in lines["slowest case of all"]
+
+
 # --- files -----------------------------------------------------------------------------------
 
 
@@ -434,6 +493,31 @@ def test_no_file_is_written_over(tmp_path: Path) -> None:
     results.write_json({}, Path(f"{second}.json"))
     with pytest.raises(FileExistsError):
         results.write_json({}, Path(f"{second}.json"))
+
+
+@pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*resnet50.json")))
+def test_a_stored_file_shows_the_copy_limit(path: Path, tmp_path: Path) -> None:
+    """Older files hold no such column: it is made of their cases."""
+    stored = json.loads(path.read_text())
+    for row in stored["summary"]:
+        row["speedup"]["eager"].pop("at_limit", None)
+    stored["goals"] = []
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(stored))
+    read = results.read_json(old)
+    for row in read["summary"]:
+        members = [c for c in read["cases"] if all(c[key] == row[key] for key in summary.KEYS)]
+        tensors = 3 if row["direction"] == "backward" else 2
+        times = [{name: t["median"] for name, t in c["timings"].items()} for c in members]
+        copies = [min(t[name] for name in limits.LIMITS if name in t) for t in times]
+        limit = geometric_mean(
+            2 / tensors * t["eager"] / copy for t, copy in zip(times, copies, strict=True)
+        )
+        assert row["speedup"]["eager"]["at_limit"] == pytest.approx(limit, rel=1e-3)
+    shown = invoke("compare", str(old)).output
+    assert f"{read['summary'][0]['speedup']['eager']['at_limit']:.2f}x" in shown
+    assert shown.count("at copy limit:") == 2, "under both tables"
+    assert results.AT_LIMIT in results.write_markdown(read, tmp_path / "old.md").read_text()
 
 
 def test_device_slug() -> None:
@@ -615,6 +699,79 @@ def test_mode_is_a_choice_of_directions(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert invoke("run", "--mode", "eval", "--direction", "all").exit_code == 0
     assert [selection.directions for selection in seen] == [("forward", "backward"), ("eval",)]
     assert environment.HUGE_PAGES_VARIABLE not in os.environ
+
+
+# --- micro ----------------------------------------------------------------------------------
+
+
+def test_micro_writes_what_its_tables_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trials = (
+        micro.Trial("kRowBytes", "16x32x7x7", {"unit_channels": 1}),
+        micro.Trial("kLongPlane", "2x3x5x5", {"stream": True}, mode="eval"),
+    )
+    monkeypatch.setattr(micro, "TRIALS", trials)
+    monkeypatch.setattr(micro, "MEMORY_SHAPE", (2, 3, 64, 64))
+    usual = _C.cpu_capability()
+    _C.set_cpu_capability("portable")  # not the one that is measured last
+    found = invoke("micro", "--budget", "0", "--output", str(tmp_path))
+    after = _C.cpu_capability()
+    _C.set_cpu_capability(usual)
+    assert found.exit_code == 0, found.output
+    assert after == "portable"
+    assert not _C.plan("channels_first", "float32", 2, 3, 25, 1, "eval")["stream"]
+    result = json.loads(only(tmp_path, "*-micro.json").read_text())
+    assert result["schema"] == results.SCHEMA
+    assert [row["shape"] for row in result["plans"]] == ["16x32x7x7", "2x3x5x5"]
+    assert result["plans"][1]["forced"] == {"stream": True}
+    for row in result["plans"]:
+        assert set(row["timings"]) == {"chosen", "forced"}
+        assert row["forced_over_chosen"]["ratio"] > 0
+    assert len(result["memory"]) == 6
+    measured = {(row["cpu_capability"], row["dtype"]) for row in result["kernels"]}
+    assert {(usual, dtype) for dtype in micro.KERNEL_DTYPES} <= measured
+    assert all(set(row["costs"]) == set(micro.KERNELS) for row in result["kernels"])
+    for text in ("fill, fresh huge pages", "kRowBytes", "stream False / True", "moments of a run"):
+        assert text in found.output
+    assert usual in found.output
+
+
+@pytest.mark.parametrize(
+    "trial", micro.TRIALS, ids=lambda trial: f"{trial.threshold}-{trial.shape}"
+)
+def test_a_trial_compares_two_plans(trial: micro.Trial) -> None:
+    sizes = shapes.find_shape(trial.shape).sizes
+    chosen = micro._plans(trial, sizes)
+    seen: list[dict[str, dict[str, Any]]] = []
+    steps = {name: lambda: seen.append(micro._plans(trial, sizes)) for name in trial.passes}
+    try:
+        for fields in (micro.opposite(trial, chosen), {}):
+            micro._under(fields, SimpleNamespace(**steps), trial.passes)()  # type: ignore[arg-type]
+    finally:
+        _C.force_plan()
+    count = len(trial.passes)
+    assert len(seen) == 2 * count
+    for name in trial.passes:
+        assert all(plans[name] != chosen[name] for plans in seen[:count])
+        assert all(plans[name] == chosen[name] for plans in seen[count:])
+
+
+def test_kernel_costs_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call costs 5 us, 16 elements so many ns; the quartiles lie 10 ns from the median."""
+    ns = {"clone": 0.5, "forward_eval": 1.0, "forward_train": 1.75, "sums": 2.0, "backward": 5.0}
+
+    def fake(calls: Any, **_: Any) -> dict[str, Stats]:
+        parts = (key.split() for key in calls)
+        return {
+            f"{name} {length}": stats(5e-6 + ns[name] * 1e-9 * int(length) / 16, 1e-8)
+            for name, length in parts
+        }
+
+    monkeypatch.setattr(micro, "interleave", fake)
+    costs = micro.kernel_costs("float32", 0.0)
+    assert [cost["ns"] for cost in costs.values()] == [0.75, 2.0, 1.0, 3.0, 0.5]
+    one = 2e-8 / ((micro.LENGTHS[1] - micro.LENGTHS[0]) / 16 * 1e-9)
+    spreads = [cost["spread"] for cost in costs.values()]
+    assert spreads == pytest.approx([2 * one, one, one, 2 * one, one], abs=1e-3)
 
 
 # --- demo ------------------------------------------------------------------------------------

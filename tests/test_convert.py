@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -83,6 +84,25 @@ def test_every_class_as_the_model_itself(torchs: type[nn.Module], ours: type[nn.
     assert type(module) is ours
     assert bx.revert_batchnorm(module) is module
     assert type(module) is torchs
+
+
+@pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.BatchNorm2d.__init__).parameters,
+    reason="this torch's batch norm has no bias argument",
+)
+@pytest.mark.parametrize(("torchs", "ours"), PAIRS, ids=lambda cls: cls.__name__)
+def test_modules_without_bias(torchs: type[nn.Module], ours: type[nn.Module]) -> None:
+    """bias=False leaves a weight and an empty place: both stay, and no bias appears in it."""
+    arguments: tuple[int, ...] = () if "Lazy" in torchs.__name__ else (3,)
+    module, expected = (torchs(*arguments, bias=False) for _ in range(2))
+    text, weight = repr(module), module.get_parameter("weight")
+    assert repr(bx.convert_batchnorm(module)) == text and type(module) is ours
+    x = torch.randn(4, 3, *[2] * int(torchs.__name__[-2]))
+    for _ in range(2):  # the first call materialises the lazy ones
+        torch.testing.assert_close(module(x), expected(x))
+    assert repr(bx.revert_batchnorm(module)) == repr(expected)
+    assert type(module) is type(expected)
+    assert [p is weight for p in module.parameters()] == [True] and module.bias is None
 
 
 def test_nested_and_back() -> None:

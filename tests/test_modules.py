@@ -49,8 +49,12 @@ CONFIGS: list[dict[str, Any]] = [
     {"affine": False, "track_running_stats": False, "momentum": None},
     {"dtype": torch.float64},
 ]
-if "bias" in inspect.signature(nn.BatchNorm2d.__init__).parameters:  # not in torch 2.11
-    CONFIGS.append({"bias": False})
+HAS_BIAS_ARGUMENT = "bias" in inspect.signature(nn.BatchNorm2d.__init__).parameters
+if HAS_BIAS_ARGUMENT:  # not in torch 2.11
+    CONFIGS += [{"bias": False}, {"bias": False, "affine": False}]
+needs_bias_argument = pytest.mark.skipif(
+    not HAS_BIAS_ARGUMENT, reason="this torch's batch norm has no bias argument"
+)
 
 # The activations' names and arguments, and torch's own function for each.
 ACTIVATIONS: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = [
@@ -155,16 +159,8 @@ def test_constructor_repr_and_state_are_torchs(rank: int, config: dict[str, Any]
     assert list(vars(ours)) == list(vars(torchs))  # no state of our own
 
 
-#: The fused modules have no bias argument.
-LOADABLE = [
-    pytest.param(classes, config, id=f"{name}-{named(config)}")
-    for name, classes in (("plain", OURS), ("fused", FUSED))
-    for config in CONFIGS
-    if name == "plain" or "bias" not in config
-]
-
-
-@pytest.mark.parametrize(("classes", "config"), LOADABLE)
+@pytest.mark.parametrize("config", CONFIGS, ids=named)
+@pytest.mark.parametrize("classes", [OURS, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("rank", RANKS)
 def test_checkpoints_load_in_both_directions(
     classes: dict[int, type[nn.Module]], rank: int, config: dict[str, Any]
@@ -225,12 +221,13 @@ def saved(module: nn.Module) -> io.BytesIO:
     return file
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=named)
 @pytest.mark.parametrize("classes", [OURS, FUSED], ids=["plain", "fused"])
-def test_reset_parameters(classes: dict[int, type[nn.Module]]) -> None:
-    module = classes[2](C)
+def test_reset_parameters(classes: dict[int, type[nn.Module]], config: dict[str, Any]) -> None:
+    module = classes[2](C, **config)
     scramble(module)
     module.reset_parameters()  # type: ignore[operator]
-    assert_same_state(module, nn.BatchNorm2d(C))
+    assert_same_state(module, nn.BatchNorm2d(C, **config))
 
 
 def test_device_and_dtype_arguments() -> None:
@@ -413,15 +410,39 @@ def test_fused_repr(arguments: dict[str, Any], shown: str) -> None:
     )
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if "bias" not in c], ids=named)
+class NormThenReLU(nn.BatchNorm2d):
+    """What a fused module with its default activation computes, from torch's parts."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=named)
 def test_fused_takes_torchs_options(config: dict[str, Any]) -> None:
-    fused, norm = bx.BatchNormAct2d(C, **config), nn.BatchNorm2d(C, **config)
+    fused, norm = bx.BatchNormAct2d(C, **config), NormThenReLU(C, **config)
+    assert fused.extra_repr() == f"{norm.extra_repr()}, activation=relu"
+    scramble(norm)
+    fused.load_state_dict(norm.state_dict())
     for step, training in enumerate([True, True, False]):
-        x = sample(2, step)
-        fused.train(training)
-        norm.train(training)
-        torch.testing.assert_close(fused(x), F.relu(norm(x)))
-    torch.testing.assert_close(dict(fused.named_buffers()), dict(norm.named_buffers()))
+        assert_same_step(fused.train(training), norm.train(training), sample(2, step))
+
+
+@needs_bias_argument
+@pytest.mark.parametrize("rank", RANKS)
+def test_fused_without_bias_keeps_the_weight(rank: int) -> None:
+    fused = FUSED[rank](C, bias=False)
+    absent = {name: value is None for name, value in fused._parameters.items()}
+    assert absent == {"weight": False, "bias": True}
+    assert "bias=False" in repr(fused) and "bias=True" in repr(FUSED[rank](C, bias=True))
+
+
+@pytest.mark.skipif(HAS_BIAS_ARGUMENT, reason="this torch's batch norm has a bias argument")
+def test_fused_bias_argument_is_refused_as_by_torch() -> None:
+    """Where torch's modules always have a bias, so do the fused ones."""
+    for cls in (nn.BatchNorm2d, bx.BatchNormAct2d):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'bias'"):
+            cls(C, bias=False)
+    assert_same_state(bx.BatchNormAct2d(C, bias=True), nn.BatchNorm2d(C))
 
 
 @pytest.mark.parametrize(
@@ -455,9 +476,10 @@ def test_fused_in_half_precision_keeps_dtype() -> None:
 # --- lazy modules ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=named)
 @pytest.mark.parametrize("rank", RANKS)
-def test_lazy_becomes_ours(rank: int) -> None:
-    lazy, torchs = LAZY[rank](momentum=0.3), TORCHS_LAZY[rank](momentum=0.3)
+def test_lazy_becomes_ours(rank: int, config: dict[str, Any]) -> None:
+    lazy, torchs = LAZY[rank](**config), TORCHS_LAZY[rank](**config)
     assert repr(lazy) == repr(torchs)
     assert isinstance(lazy, TORCHS_LAZY[rank])
     assert list(lazy.state_dict()) == list(torchs.state_dict())
@@ -465,9 +487,10 @@ def test_lazy_becomes_ours(rank: int) -> None:
     torch.testing.assert_close(lazy(x), torchs(x))
     assert type(lazy) is OURS[rank]
     assert repr(lazy) == repr(torchs)
-    assert lazy.num_features == C
+    assert lazy.num_features == torchs.num_features  # C; torch leaves 0 where nothing has a size
     torch.testing.assert_close(lazy.state_dict(), torchs.state_dict())
-    assert lazy.get_buffer("num_batches_tracked").item() == 1
+    if lazy.track_running_stats:
+        assert lazy.get_buffer("num_batches_tracked").item() == 1
     assert_same_step(lazy, torchs, sample(rank, 1))
 
 

@@ -105,7 +105,7 @@ def test_the_databases_have_batch_norm() -> None:
         samples = info.module_inputs_func(
             info, device="cpu", dtype=torch.float32, requires_grad=True, training=True
         )
-        assert len(samples) >= 7
+        assert len(samples) >= 6  # as many as torch 2.11 has for BatchNorm2d
         assert info.module_error_inputs_func is not None
 
 
@@ -140,7 +140,7 @@ def test_module_samples(info: Any, dtype: torch.dtype, training: bool) -> None:
         assert type(ours) is OURS[info.module_cls]
         assert repr(ours) == repr(torchs)
         count += 1
-    assert count >= 14
+    assert count >= 12
 
 
 @pytest.mark.parametrize("info", MODULE_INFOS, ids=names)
