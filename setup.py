@@ -74,6 +74,7 @@ def sources() -> list[str]:
     """
     found = (path for part in BACKENDS for path in (ROOT / "csrc" / part).rglob("*.cpp"))
     names = sorted(path.relative_to(ROOT).as_posix() for path in found)
+    names.remove("csrc/bindings/ops_cuda.cpp")
     return sorted(names, key=lambda name: "/kernels_" not in name)
 
 

@@ -1,4 +1,4 @@
-"""Types of the compiled module (csrc/bindings/module.cpp)."""
+"""Types of the compiled module (csrc/bindings/module.cpp, module_cuda.cpp)."""
 
 from typing import TypedDict
 
@@ -9,6 +9,33 @@ class Plan(TypedDict):
     threads: int
     unit_channels: int
     fold: int
+
+class CudaPlan(TypedDict):
+    mapping: str  # "planes" or "columns"
+    access: str  # "vector" or "scalar"
+    strategy: str  # "block", "cluster", "grid", "two_kernels" or "single_pass"
+    team: int
+    slots: int
+    stream_stores: bool
+    unit_channels: int
+    units: int
+    units_at_once: int
+    shared_bytes: int
+    workspace_bytes: int
+    compulsory_bytes: int
+    predicted_bytes: int
+    blocks: int
+
+class CudaDevice(TypedDict):
+    compute_capability: int  # 90 for 9.0
+    multiprocessors: int
+    threads_per_multiprocessor: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    reserved_shared: int
+    l2: int
+    max_cluster: int
+    cooperative: bool
 
 def build_info() -> dict[str, object]: ...
 def cpu_capability() -> str: ...
@@ -24,4 +51,36 @@ def force_plan(
     threads: int | None = None,
     unit_channels: int | None = None,
     fold: int | None = None,
+) -> None: ...
+def cuda_devices() -> dict[str, CudaDevice]: ...
+def plan_cuda(
+    layout: str,
+    dtype: str,
+    n: int,
+    c: int,
+    s: int,
+    op: str,
+    *,
+    device: str | CudaDevice = "h100",
+    reduces: bool | None = None,
+    cumulative: bool = False,
+    aligned: bool = True,
+    residual: bool = False,
+    masked: bool = False,
+    outputs: int = 1,
+    strategy: str | None = None,
+    access: str | None = None,
+    team: int | None = None,
+    slots: int | None = None,
+    unit_channels: int | None = None,
+    units_at_once: int | None = None,
+) -> CudaPlan: ...
+def force_cuda_plan(
+    *,
+    strategy: str | None = None,
+    access: str | None = None,
+    team: int | None = None,
+    slots: int | None = None,
+    unit_channels: int | None = None,
+    units_at_once: int | None = None,
 ) -> None: ...

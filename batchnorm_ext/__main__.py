@@ -1,5 +1,7 @@
 """``python -m batchnorm_ext``: what is installed, and the command that mends what is wrong.
 
+``python -m batchnorm_ext plan`` shows how a CUDA call would be cut into work (see plan.py).
+
 Exit status: 0 where all is well, 1 where a problem is listed.
 """
 
@@ -16,13 +18,16 @@ from typing import Any
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, plan
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+REBUILD_WITH_CUDA = f"BATCHNORM_EXT_CUDA=1 {REBUILD}"
 
 # The processor flags, as the Linux kernel names them, that each instruction set needs.
+_AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _NEEDED_FLAGS = {
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "portable": set[str](),
 }
@@ -44,8 +49,26 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gpus() -> list[str]:
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def _gpus() -> list[dict[str, str]]:
+    """Name and compute capability ("9.0") of every GPU that torch sees."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append({"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"})
+    return found
+
+
+def _runs_on(capability: str, architectures: str) -> bool:
+    """Whether code built for "7.5;9.0+PTX" runs on a device of this capability.
+
+    Machine code runs on later minor versions of its major one, PTX on everything later.
+    """
+    device = tuple(map(int, capability.split(".")))
+    for word in architectures.split(";"):
+        built = tuple(map(int, word.removesuffix("+PTX").rstrip("af").split(".")))
+        if built <= device and (built[0] == device[0] or word.endswith("+PTX")):
+            return True
+    return False
 
 
 def collect() -> dict[str, Any]:
@@ -84,6 +107,13 @@ def problems(report: dict[str, Any]) -> Iterator[str]:
         )
     if not build["openmp"]:
         yield f"built without OpenMP, so on one thread; with a compiler that has it: {REBUILD}"
+    for gpu in report["gpus"] if build["cuda"] else []:
+        if not _runs_on(gpu["capability"], build["cuda"]["architectures"]):
+            yield (
+                f"built for the architectures {build['cuda']['architectures']}, but {gpu['name']} "
+                f"is {gpu['capability']}: TORCH_CUDA_ARCH_LIST={gpu['capability']} "
+                f"{REBUILD_WITH_CUDA}"
+            )
 
 
 def hints(report: dict[str, Any]) -> Iterator[str]:
@@ -99,25 +129,35 @@ def hints(report: dict[str, Any]) -> Iterator[str]:
             f"export OMP_NUM_THREADS={threads['cores']}"
         )
     if report["gpus"] and not report["build"]["cuda"]:
-        yield "this build has no CUDA kernels: for CUDA tensors keep torch.nn.BatchNorm*"
+        yield (
+            "this build has no CUDA kernels, so CUDA tensors need torch.nn.BatchNorm*; with nvcc "
+            f"and a CUDA build of torch: {REBUILD_WITH_CUDA}"
+        )
+
+
+def _cuda_kernels(cuda: dict[str, str] | bool) -> str:
+    if not isinstance(cuda, dict):
+        return "no"
+    return f"by nvcc {cuda['version']} for {cuda['architectures']}"
 
 
 def render(report: dict[str, Any]) -> str:
     """The report as aligned text."""
     build, cpu, threads = report["build"], report["cpu"], report["threads"]
+    gpus = report["gpus"]
     rows = [
         ("batchnorm_ext", f"{report['version']} in {report['location']}"),
         ("Python", report["python"]),
         ("torch", f"{report['torch']} (built for {build['torch_version']})"),
         ("compiler", f"{build['compiler']}, C++{build['cpp_standard']}"),
         ("OpenMP", "yes" if build["openmp"] else "no"),
-        ("CUDA kernels", "yes" if build["cuda"] else "no"),
+        ("CUDA kernels", _cuda_kernels(build["cuda"])),
         ("processor", cpu["name"]),
         ("it offers", ", ".join(cpu["offered"])),
         ("built for", ", ".join(cpu["built"])),
         ("in use", cpu["used"]),
         ("threads", f"{threads['torch']} (torch) on {threads['cores']} usable cores"),
-        ("devices", ", ".join(["cpu", *report["gpus"]])),
+        ("devices", ", ".join(["cpu", *(f"{g['name']} ({g['capability']})" for g in gpus)])),
     ]
     lines = [f"{label:<15}{value}" for label, value in rows]
     notes = [f"problem: {text}" for text in problems(report)]
@@ -130,7 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m batchnorm_ext", description="Report.")
     parser.add_argument("--version", action="version", version=f"batchnorm_ext {__version__}")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    commands = parser.add_subparsers(dest="command", metavar="plan")
+    plan.add_arguments(
+        commands.add_parser("plan", help="how a CUDA call would be cut into work, and why")
+    )
     arguments = parser.parse_args(argv)
+    if arguments.command == "plan":
+        return plan.run(arguments)
     report = collect()
     found = list(problems(report))
     if arguments.json:

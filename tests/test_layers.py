@@ -43,7 +43,8 @@ PACKAGE_LAYERS = {
     "convert": {"modules"},
     "reference": set[str](),
     "__init__": {"_version", "ops", "functional", "modules", "convert"},
-    "__main__": {"__init__", "_C", "_version"},
+    "plan": {"_C"},
+    "__main__": {"__init__", "_C", "_version", "plan"},
 }
 # The one run-time dependency.
 FOREIGN = {"torch"}

@@ -141,10 +141,35 @@ def test_each_problem_comes_with_its_command(
 
 def test_too_many_threads_and_idle_gpus_are_pointed_out(report: dict[str, Any]) -> None:
     report["threads"] = {"torch": 64, "cores": 2}
-    report["gpus"] = ["A GPU"]
+    report["gpus"] = [{"name": "A GPU", "capability": "9.0"}]
+    report["build"]["cuda"] = False
     text = __main__.render(report)
     assert "export OMP_NUM_THREADS=2" in text
-    assert "no CUDA kernels" in text and "cpu, A GPU" in text
+    assert "no CUDA kernels" in text and "cpu, A GPU (9.0)" in text
+    assert "BATCHNORM_EXT_CUDA=1 pip install" in text
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "fits"),
+    [
+        ("7.5;8.0", "8.0", True),
+        ("7.5;8.0", "8.6", True),  # machine code runs on later ones of its major version
+        ("8.6", "8.0", False),
+        ("7.5;8.0", "9.0", False),
+        ("7.5;8.0+PTX", "9.0", True),  # PTX is compiled for anything later
+        ("9.0+PTX", "8.9", False),
+        ("9.0a;10.0", "10.0", True),
+        ("7.5;10.0", "12.0", False),
+    ],
+)
+def test_architectures_against_the_devices(
+    report: dict[str, Any], architectures: str, capability: str, fits: bool
+) -> None:
+    report["gpus"] = [{"name": "A GPU", "capability": capability}]
+    report["build"]["cuda"] = {"version": "13.0", "architectures": architectures}
+    text = __main__.render(report)
+    assert f"by nvcc 13.0 for {architectures}" in text
+    assert (f"TORCH_CUDA_ARCH_LIST={capability} BATCHNORM_EXT_CUDA=1 pip" in text) is not fits
 
 
 def test_a_problem_sets_the_exit_status(

@@ -13,6 +13,7 @@
 
 #include <numeric>
 
+#include "bindings/build.h"
 #include "bindings/checks.h"
 #include "bindings/ops.h"
 
@@ -219,11 +220,15 @@ void mark_written(const OptionalTensor& buffer) {
 
 void check_backend(const at::Tensor& input) {
   const auto device = input.device().type();
+  const bool known = device == at::kCPU || device == at::kMeta || (kHasCuda && device == at::kCUDA);
   TORCH_CHECK_NOT_IMPLEMENTED(
-      device == at::kCPU || device == at::kMeta,
-      "this build of batchnorm_ext has kernels for the CPU only, but input is on ", input.device(),
-      ". `python -m batchnorm_ext` tells what a build has; "
-      "batchnorm_ext.revert_batchnorm(model) gives back torch's own modules.");
+      known, "this build of batchnorm_ext has kernels for ",
+      kHasCuda ? "the CPU and CUDA devices" : "the CPU", " only, but input is on ", input.device(),
+      ". `python -m batchnorm_ext` tells what a build has",
+      device == at::kCUDA ? ", BATCHNORM_EXT_CUDA=1 pip install --no-build-isolation . builds with "
+                            "CUDA"
+                          : "",
+      "; batchnorm_ext.revert_batchnorm(model) gives back torch's own modules.");
 }
 
 void check_call(const at::Tensor& input, const OptionalTensor& running_mean,

@@ -1,4 +1,6 @@
 // The Python module: makes the operators loadable, tells how it was built, shows and forces plans.
+#include "bindings/module.h"
+
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/build.h"
 #include "bindings/planning.h"
 #include "cpu/batchnorm.h"
 #include "cpu/kernels.h"
@@ -20,20 +23,6 @@ namespace {
 using cpu::Capability;
 
 constexpr const char* kSchemeNames[] = {"columns", "planes", "expanded"};
-constexpr const char* kLayoutNames[] = {"channels_first", "channels_last"};
-constexpr const char* kDTypeNames[] = {"float32", "float64", "bfloat16", "float16"};
-constexpr const char* kPassNames[] = {"forward", "backward", "eval"};
-
-template <std::size_t kCount>
-int index_of(const std::string& name, const char* const (&names)[kCount], const char* what) {
-  std::string known;
-  for (std::size_t i = 0; i < kCount; ++i) {
-    if (name == names[i]) return static_cast<int>(i);
-    known += std::string(i ? ", " : "") + names[i];
-  }
-  throw py::value_error(std::string(what) + " should be one of " + known + ", but got '" + name +
-                        "'");
-}
 
 py::dict build_info() {
   std::vector<std::string> built;
@@ -50,7 +39,12 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-  info["cuda"] = false;
+  if (kHasCuda) {
+    info["cuda"] =
+        py::dict(py::arg("version") = kCudaVersion, py::arg("architectures") = kCudaArchitectures);
+  } else {
+    info["cuda"] = false;
+  }
   info["cpu_capabilities_built"] = built;
   return info;
 }
@@ -66,14 +60,9 @@ void set_cpu_capability(const std::string& name) {
 
 py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t n, std::int64_t c,
               std::int64_t s, int threads, const std::string& op, bool masked) {
-  if (n < 1 || c < 1 || s < 1 || threads < 1) {
-    throw py::value_error("n, c, s and threads should be at least 1");
-  }
-  const Problem problem{static_cast<Layout>(index_of(layout, kLayoutNames, "layout")),
-                        static_cast<DType>(index_of(dtype, kDTypeNames, "dtype")), n, c, s};
-  const Pass pass = static_cast<Pass>(index_of(op, kPassNames, "op"));
-  const CpuPlan plan =
-      plan_cpu(problem, pass, masked, threads, cpu::cache_sizes(), plan_override());
+  if (threads < 1) throw py::value_error("threads should be at least 1");
+  const CpuPlan plan = plan_cpu(problem_from(layout, dtype, n, c, s), pass_from(op), masked,
+                                threads, cpu::cache_sizes(), plan_override());
   py::dict result;
   result["scheme"] = kSchemeNames[static_cast<int>(plan.scheme)];
   result["cooperative"] = plan.cooperative;
@@ -116,4 +105,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("threads") = py::none(), py::arg("unit_channels") = py::none(),
         py::arg("fold") = py::none(),
         "Prescribe fields of all plans from now on; without arguments, none.");
+  define_cuda_plans(m);
 }

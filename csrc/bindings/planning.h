@@ -2,12 +2,14 @@
 #pragma once
 
 #include "core/plan.h"
+#include "core/plan_cuda.h"
 
 namespace batchnorm {
 namespace bindings {
 
 CpuPlan plan_here(const Problem& problem, Pass pass, bool masked);
 PlanOverride& plan_override();
+CudaPlanOverride& cuda_plan_override();
 
 }  // namespace bindings
 }  // namespace batchnorm

@@ -1,0 +1,212 @@
+// The operators, the same on every device: checks, tensors -> problem, the call, what is returned.
+//
+// A Backend is made for each call, from the tensor whose device it runs on. It gives
+//   at::Tensor empty(sizes, dtype)       a matrix of whatever content
+//   at::Tensor empty_output(like)        the same with another tensor's sizes, strides and dtype
+//   void run(call)                       ForwardTrain, ForwardEval and Backward of core/calls.h
+//   void eval_statistics(mean, var, eps, c, double* mean, double* invstd)
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "bindings/checks.h"
+#include "bindings/layout.h"
+#include "bindings/ops.h"
+#include "core/calls.h"
+
+namespace batchnorm {
+namespace bindings {
+
+using ops::FourTensors;
+
+inline bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// Kept alive by the caller's variable for as long as the pointer is used.
+inline OptionalTensor in_layout_of(const OptionalTensor& tensor, const Problem& problem) {
+  if (!has(tensor)) return std::nullopt;
+  return in_layout(*tensor, problem.layout);
+}
+
+inline void* pointer(const OptionalTensor& tensor) {
+  return has(tensor) ? tensor->data_ptr() : nullptr;
+}
+
+// Weight and bias are only read, so that any shape and stride may come in.
+inline OptionalTensor readable(const OptionalTensor& values) {
+  if (!has(values)) return std::nullopt;
+  return values->dim() == 1 ? *values : values->reshape(-1);
+}
+
+inline void check_forward(const at::Tensor& input, const OptionalTensor& residual,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  check_rank(input);
+  dtype_of(input, "input");
+  check_both_or_neither(has(running_mean), has(running_var));
+  check_channels(running_mean, input, "running_mean");
+  check_channels(running_var, input, "running_var");
+  check_channels(weight, input, "weight");
+  check_channels(bias, input, "bias");
+  check_residual(residual, input);
+}
+
+inline void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                           const OptionalTensor& residual, const OptionalTensor& weight,
+                           const OptionalTensor& bias, const at::Tensor& mean,
+                           const at::Tensor& invstd, const std::array<bool, 4>& output_mask) {
+  check_rank(input);
+  dtype_of(input, "input");
+  check_like_input(grad_output, input, "grad_output");
+  check_residual(residual, input);
+  check_channels(weight, input, "weight");
+  check_channels(bias, input, "bias");
+  for (const auto& [statistic, name] : {std::pair{mean, "mean"}, std::pair{invstd, "invstd"}}) {
+    check_channels(statistic, input, name);
+    TORCH_CHECK(statistic.scalar_type() == at::kDouble && statistic.is_contiguous(), name,
+                " should be contiguous and float64, but got ", statistic.scalar_type());
+  }
+  TORCH_CHECK(has(weight) || !output_mask[2], "a gradient of weight needs weight, but got None");
+  TORCH_CHECK(has(bias) || !output_mask[3], "a gradient of bias needs bias, but got None");
+}
+
+template <typename Backend>
+FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                          const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                          double eps, c10::string_view activation_name, double activation_param,
+                          bool save_mask) {
+  check_forward(input, residual, weight, bias, running_mean, running_var);
+  check_writable(running_mean, "running_mean");
+  check_writable(running_var, "running_var");
+  check_counter(num_batches_tracked, input);
+  check_eps(eps, true);
+  const Activation activation = activation_of(std::string(activation_name));
+
+  const Backend backend(input);
+  const at::Tensor x = in_some_layout(input);
+  const Problem problem = problem_of(x);
+  const OptionalTensor r = in_layout_of(residual, problem), w = readable(weight),
+                       b = readable(bias);
+  const at::Tensor y = backend.empty_output(x);
+  const at::Tensor mean = backend.empty({problem.c}, at::kDouble);
+  const at::Tensor invstd = backend.empty({problem.c}, at::kDouble);
+  const at::Tensor mask =
+      save_mask && is_piecewise_linear(activation)
+          ? backend.empty({mask_rows(problem), mask_row_bytes(problem)}, at::kByte)
+          : backend.empty({0}, at::kByte);
+  if (problem.numel() == 0) return {y, mean, invstd, mask};
+  backend.run(ForwardTrain{
+      problem, x.data_ptr(), pointer(r), y.data_ptr(),
+      mask.numel() > 0 ? mask.data_ptr<std::uint8_t>() : nullptr, channel_values(w, "weight"),
+      channel_values(b, "bias"), channel_values(running_mean, "running_mean"),
+      channel_values(running_var, "running_var"),
+      has(num_batches_tracked) ? num_batches_tracked->data_ptr<std::int64_t>() : nullptr,
+      momentum.value_or(0.0), !momentum.has_value(), eps, activation, activation_param,
+      mean.data_ptr<double>(), invstd.data_ptr<double>()});
+  return {y, mean, invstd, mask};
+}
+
+template <typename Backend>
+at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
+                        const OptionalTensor& weight, const OptionalTensor& bias,
+                        const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+                        c10::string_view activation_name, double activation_param) {
+  check_forward(input, residual, weight, bias, running_mean, running_var);
+  check_eps(eps, false);
+  const Activation activation = activation_of(std::string(activation_name));
+
+  const Backend backend(input);
+  const at::Tensor x = in_some_layout(input);
+  const Problem problem = problem_of(x);
+  const OptionalTensor r = in_layout_of(residual, problem), w = readable(weight),
+                       b = readable(bias), m = readable(running_mean), v = readable(running_var);
+  const at::Tensor y = backend.empty_output(x);
+  if (problem.numel() == 0) return y;
+  backend.run(ForwardEval{problem, x.data_ptr(), pointer(r), y.data_ptr(),
+                          channel_values(w, "weight"), channel_values(b, "bias"),
+                          channel_values(m, "running_mean"), channel_values(v, "running_var"), eps,
+                          activation, activation_param});
+  return y;
+}
+
+template <typename Backend>
+std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mean,
+                                                   const at::Tensor& running_var, double eps) {
+  check_device(running_var, running_mean, "running_var");
+  TORCH_CHECK(running_mean.numel() == running_var.numel(), "running_var should contain ",
+              running_mean.numel(), " elements not ", running_var.numel());
+  check_eps(eps, false);
+  const Backend backend(running_mean);
+  const OptionalTensor m = readable(running_mean), v = readable(running_var);
+  const std::int64_t c = m->numel();
+  const at::Tensor mean = backend.empty({c}, at::kDouble), invstd = backend.empty({c}, at::kDouble);
+  if (c == 0) return {mean, invstd};
+  backend.eval_statistics(channel_values(m, "running_mean"), channel_values(v, "running_var"), eps,
+                          c, mean.data_ptr<double>(), invstd.data_ptr<double>());
+  return {mean, invstd};
+}
+
+inline const std::uint8_t* mask_pointer(const OptionalTensor& mask, const Problem& problem) {
+  if (!has(mask) || mask->numel() == 0) return nullptr;
+  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->is_contiguous() &&
+                  mask->numel() == mask_rows(problem) * mask_row_bytes(problem),
+              "mask should be what forward_train returned for this input, contiguous uint8 of ",
+              mask_rows(problem), " x ", mask_row_bytes(problem), ", but got ", mask->scalar_type(),
+              " of ", mask->sizes());
+  return mask->data_ptr<std::uint8_t>();
+}
+
+template <typename Backend>
+FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
+                     const OptionalTensor& residual, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
+                     const OptionalTensor& mask, bool training, c10::string_view activation_name,
+                     double activation_param, std::array<bool, 4> output_mask) {
+  check_backward(grad_output, input, residual, weight, bias, mean, invstd, output_mask);
+  const Activation activation = activation_of(std::string(activation_name));
+
+  const Backend backend(input);
+  const at::Tensor x = in_some_layout(input);
+  const Problem problem = problem_of(x);
+  const std::uint8_t* const bits = mask_pointer(mask, problem);
+  const at::Tensor dy = in_layout(grad_output, problem.layout);
+  const OptionalTensor r = bits ? std::nullopt : in_layout_of(residual, problem),
+                       w = readable(weight), b = readable(bias);
+  const auto output = [&](bool wanted) {
+    return wanted ? backend.empty_output(x) : backend.empty({0}, x.scalar_type());
+  };
+  const auto values = [&](bool wanted, const OptionalTensor& like) {
+    return wanted ? backend.empty(like->sizes(), like->scalar_type())
+                  : backend.empty({0}, x.scalar_type());
+  };
+  const at::Tensor dx = output(output_mask[0]), dresidual = output(output_mask[1]);
+  const at::Tensor dweight = values(output_mask[2], weight), dbias = values(output_mask[3], bias);
+  if (problem.numel() == 0) {
+    for (const at::Tensor& gradient : {dweight, dbias}) gradient.zero_();
+    return {dx, dresidual, dweight, dbias};
+  }
+  const auto where = [](const at::Tensor& gradient, bool wanted, const char* name) {
+    return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
+  };
+  backend.run(
+      Backward{problem, dy.data_ptr(), x.data_ptr(), pointer(r), bits, channel_values(w, "weight"),
+               channel_values(b, "bias"), mean.data_ptr<double>(), invstd.data_ptr<double>(),
+               training, activation, activation_param, output_mask[0] ? dx.data_ptr() : nullptr,
+               output_mask[1] ? dresidual.data_ptr() : nullptr,
+               where(dweight, output_mask[2], "weight"), where(dbias, output_mask[3], "bias")});
+  return {dx, dresidual, dweight, dbias};
+}
+
+// To be called in a TORCH_LIBRARY_IMPL block.
+template <typename Backend>
+void register_operators(torch::Library& library) {
+  library.impl("forward_train", TORCH_FN(forward_train<Backend>));
+  library.impl("forward_eval", TORCH_FN(forward_eval<Backend>));
+  library.impl("eval_statistics", TORCH_FN(eval_statistics<Backend>));
+  library.impl("backward", TORCH_FN(backward<Backend>));
+}
+
+}  // namespace bindings
+}  // namespace batchnorm

@@ -1,0 +1,65 @@
+// The operators on CUDA tensors: allocation by torch's caching allocator, the call on its stream.
+// Compiled in builds with CUDA only. Nothing here waits for the device.
+#include <ATen/core/Tensor.h>
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <array>
+#include <mutex>
+
+#include "bindings/operators.h"
+#include "bindings/run_cuda.h"
+
+namespace batchnorm {
+namespace bindings {
+namespace {
+
+// Asked of the driver once for each device: its answers take longer than a small call.
+const DeviceLimits& limits_of(c10::DeviceIndex device) {
+  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
+  static std::array<DeviceLimits, C10_COMPILE_TIME_MAX_GPUS> limits;
+  const auto index = static_cast<std::size_t>(device);
+  std::call_once(asked.at(index),
+                 [&] { C10_CUDA_CHECK(cuda::device_limits(device, &limits[index])); });
+  return limits[index];
+}
+
+class CudaBackend {
+ public:
+  explicit CudaBackend(const at::Tensor& input)
+      : device_(input.device()),
+        guard_(device_),
+        stream_(c10::cuda::getCurrentCUDAStream(device_.index())) {}
+
+  at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
+    return at::Tensor(at::detail::empty_cuda(sizes, dtype, device_, std::nullopt));
+  }
+  at::Tensor empty_output(const at::Tensor& like) const {
+    return at::Tensor(
+        at::detail::empty_strided_cuda(like.sizes(), like.strides(), like.scalar_type(), device_));
+  }
+  template <typename Call>
+  void run(const Call& call) const {
+    C10_CUDA_CHECK(run_cuda(*this, limits_of(device_.index()), stream_, call));
+  }
+  void eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
+                       double eps, std::int64_t c, double* mean, double* invstd) const {
+    C10_CUDA_CHECK(cuda::eval_statistics(running_mean, running_var, eps, c, mean, invstd, stream_));
+  }
+
+ private:
+  c10::Device device_;
+  c10::cuda::CUDAGuard guard_;
+  c10::cuda::CUDAStream stream_;
+};
+
+}  // namespace
+}  // namespace bindings
+}  // namespace batchnorm
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
+  batchnorm::bindings::register_operators<batchnorm::bindings::CudaBackend>(m);
+}
