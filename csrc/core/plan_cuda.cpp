@@ -159,7 +159,7 @@ struct Planner {
   }
 
   bool is_vector() const {
-    const std::int64_t row = mapping == Mapping::kPlanes ? p.s
+    const std::int64_t row = mapping == Mapping::kPlanes          ? p.s
                              : p.layout == Layout::kChannelsFirst ? p.c * p.s
                                                                   : p.c;
     return request.aligned && row % kCellElements == 0;

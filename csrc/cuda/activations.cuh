@@ -1,4 +1,5 @@
-// The activations: value, and gradient with respect to z. Formulas are those of torch.nn.functional.
+// The activations: value, and gradient with respect to z. Formulas are those of
+// torch.nn.functional.
 #pragma once
 
 #include "core/activation.h"
@@ -31,7 +32,8 @@ __device__ A tanh_gate(A z) {
   return sigmoid(z * fma_of(z * z, A(kTwiceRoot * 0.044715), A(kTwiceRoot)));
 }
 
-// ---- piecewise-linear ones (and none): where they drop an element the derivative is not 1 --------
+// ---- piecewise-linear ones (and none): where they drop an element the derivative is not 1
+// --------
 
 template <typename A>
 __device__ bool drops(Activation activation, A z) {
