@@ -18,8 +18,8 @@ from torch import Tensor
 
 from batchnorm_ext import _C, functional, reference
 
-#: Where cases have their tensors. BATCHNORM_EXT_TEST_DEVICE=cuda runs the tests that are made of cases
-#: on a GPU.
+#: Where cases have their tensors. BATCHNORM_EXT_TEST_DEVICE=cuda runs the tests that are made of
+#: cases on a GPU.
 DEVICE = torch.device(os.environ.get("BATCHNORM_EXT_TEST_DEVICE", "cpu"))
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

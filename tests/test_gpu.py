@@ -71,6 +71,11 @@ def step(norm: nn.Module, x: Tensor, residual: Tensor, dy: Tensor) -> dict[str, 
     return {"output": y, **dict(zip(names, gradients, strict=True)), **dict(norm.named_buffers())}
 
 
+def labelled(name: str) -> Callable[[str], str]:
+    """Puts the name before assert_close's own words."""
+    return lambda text: f"{name}: {text}"
+
+
 def tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: str, seed: int = 0) -> list[Tensor]:
     """Input, residual and the output's gradient, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,8 +114,7 @@ def test_agrees_with_the_cpu(
         atol = 64 * unit if value.dtype == dtype else 1e-4
         if value.dtype == torch.float64:
             rtol = atol = 1e-10
-        actual = got[name].cpu()
-        torch.testing.assert_close(actual, value, rtol=rtol, atol=atol, msg=f"{name}: {actual}")
+        torch.testing.assert_close(got[name].cpu(), value, rtol=rtol, atol=atol, msg=labelled(name))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
