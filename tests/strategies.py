@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm_ext import _C, functional, reference
+
+#: Where cases have their tensors. BATCHNORM_EXT_TEST_DEVICE=cuda runs the tests that are made of
+#: cases on a GPU.
+DEVICE = torch.device(os.environ.get("BATCHNORM_EXT_TEST_DEVICE", "cpu"))
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -253,7 +258,7 @@ class Case:
         def typed(values: Tensor, kind: torch.dtype | str | None) -> Tensor | None:
             if kind is None:
                 return None
-            return values.to(self.dtype if isinstance(kind, str) else kind)
+            return values.to(DEVICE, self.dtype if isinstance(kind, str) else kind)
 
         layouts = LAYOUTS | EXPANDED
         c = self.shape[1]
@@ -269,15 +274,15 @@ class Case:
         mean, var = BUFFERS[self.buffers]
         has_buffers = self.mode != "batch"
         return Data(
-            layouts[self.layout](x.to(self.dtype)),
-            layouts[self.residual](residual.to(self.dtype)) if self.residual else None,
+            layouts[self.layout](x.to(DEVICE, self.dtype)),
+            layouts[self.residual](residual.to(DEVICE, self.dtype)) if self.residual else None,
             typed(normal(c) * 0.5 + 1.0, weight),
             typed(normal(c), bias),
             typed(centre + 0.3 * normal(c), mean if has_buffers else None),
             typed((self.scale * spread).square() * (0.5 + normal(c).abs()), var)
             if has_buffers
             else None,
-            layouts[self.grad_layout](dy.to(self.dtype)),
+            layouts[self.grad_layout](dy.to(DEVICE, self.dtype)),
         )
 
     def call(self, data: Data) -> Tensor:

@@ -62,7 +62,9 @@ struct Backward {
   void* dresidual;               // or null
   ChannelValues dweight, dbias;  // data null: not needed
 
-  BATCHNORM_HOST_DEVICE bool reduces() const { return dweight.data || dbias.data || (training && dx); }
+  BATCHNORM_HOST_DEVICE bool reduces() const {
+    return dweight.data || dbias.data || (training && dx);
+  }
 };
 
 }  // namespace batchnorm

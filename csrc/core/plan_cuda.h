@@ -15,15 +15,15 @@ namespace batchnorm {
 
 // What is asked of a device. cuda::device_limits() reads it from the one at hand.
 struct DeviceLimits {
-  int compute_capability;         // 90 for 9.0
+  int compute_capability;  // 90 for 9.0
   int multiprocessors;
   int threads_per_multiprocessor;
   std::int64_t shared_per_block;  // bytes that a block may ask for
   std::int64_t shared_per_multiprocessor;
-  std::int64_t reserved_shared;   // bytes that each block costs besides
-  std::int64_t l2;                // bytes
-  int max_cluster;                // blocks; 1 where there are no clusters
-  bool cooperative;               // a grid barrier is possible
+  std::int64_t reserved_shared;  // bytes that each block costs besides
+  std::int64_t l2;               // bytes
+  int max_cluster;               // blocks; 1 where there are no clusters
+  bool cooperative;              // a grid barrier is possible
 };
 
 // kPlanes   channels-first: a unit is one channel; a cell lies within one plane.
@@ -113,9 +113,11 @@ struct CudaScratch {
     return static_cast<std::int64_t>(tree + partials + finals + kCudaThreads) * accumulate_size;
   }
 };
-BATCHNORM_HOST_DEVICE inline CudaScratch cuda_scratch(const Problem& p, Mapping mapping, std::int64_t unit_channels) {
+BATCHNORM_HOST_DEVICE inline CudaScratch cuda_scratch(const Problem& p, Mapping mapping,
+                                                      std::int64_t unit_channels) {
   constexpr std::int64_t kHalf = kCudaThreads / 2;
-  const std::int64_t width = mapping == Mapping::kPlanes ? 1 : unit_channels * columns_per_channel(p);
+  const std::int64_t width =
+      mapping == Mapping::kPlanes ? 1 : unit_channels * columns_per_channel(p);
   const std::int64_t cells = (width + kCellElements - 1) / kCellElements;
   const std::int64_t threads = cells > kHalf ? cells : kHalf;
   const std::int64_t lanes = mapping == Mapping::kPlanes ? 1 : kCellElements;

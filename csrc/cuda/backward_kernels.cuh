@@ -72,8 +72,8 @@ class Gradients {
   using WalkType = Walk<kMapping, kAccess>;
   static constexpr int kLanes = WalkType::kLanes;
   static constexpr int kAtOnce = kCellsAtOnce<T, kAccess, 2>;
-  // Two cells of 8 columns with all their parameters need more than 128 registers; most cells of the
-  // second pass come from shared memory, which needs no loads on their way.
+  // Two cells of 8 columns with all their parameters need more than 128 registers; most cells of
+  // the second pass come from shared memory, which needs no loads on their way.
   static constexpr int kAgainAtOnce = kLanes == 1 ? kAtOnce : 1;
 
   __device__ Gradients(const BackwardArguments& a, const Unit& unit, void* shared)
@@ -115,8 +115,7 @@ class Gradients {
           slots_.put(i + j, 1, cells[j].dy);
         }
         const Values<A> centered = affine.centered(widen(cells[j].x));
-        GradientSums::add(&partial, dz_of(affine, cells[j], centered), centered,
-                          places[j].valid);
+        GradientSums::add(&partial, dz_of(affine, cells[j], centered), centered, places[j].valid);
       }
     });
     reduce_block<GradientSums>(walk_, partial, scratch_, to);

@@ -141,8 +141,7 @@ class Slots {
 
  private:
   __device__ uint4* word(int cell, int tensor, int i) const {
-    return words_ + ((cell * kTensors + tensor) * Cell<T>::kWords + i) *
-                        kCudaThreads;
+    return words_ + ((cell * kTensors + tensor) * Cell<T>::kWords + i) * kCudaThreads;
   }
 
   uint4* words_;

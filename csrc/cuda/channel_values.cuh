@@ -99,9 +99,9 @@ struct Affine {
 // for a multiprocessor with 512 threads keep 32 KB on their way, more than the 25 KB that 36 bytes
 // a nanosecond (4.8 TB/s over 132 multiprocessors) need at 700 ns.
 template <typename T, Access kAccess, int kTensors>
-constexpr int kCellsAtOnce = kAccess == Access::kScalar || 8 * sizeof(T) * kTensors >= 64
-                                 ? 1
-                                 : 64 / (8 * sizeof(T) * kTensors);
+constexpr int kCellsAtOnce =
+    kAccess == Access::kScalar || 8 * sizeof(T) * kTensors >= 64 ? 1
+                                                                 : 64 / (8 * sizeof(T) * kTensors);
 
 // Registers: 128 for each thread where two blocks share a multiprocessor.
 template <typename T>

@@ -17,10 +17,10 @@ namespace cuda {
 
 struct ForwardArguments {
   Geometry geometry;
-  ForwardTrain call;    // its statistics' pointers are null for inference
-  bool training;        // else statistics are the running ones
-  bool reduce, apply;   // the passes of this launch
-  void* workspace;      // partial results (Exchange)
+  ForwardTrain call;   // its statistics' pointers are null for inference
+  bool training;       // else statistics are the running ones
+  bool reduce, apply;  // the passes of this launch
+  void* workspace;     // partial results (Exchange)
 };
 
 template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
@@ -115,7 +115,8 @@ class Forward {
         const int cell = count - 1 - done - j;
         x[j] = slots_.holds(cell) ? slots_.get(cell, 0)
                                   : load<kAccess>(x_ + places[j].offset, places[j].valid);
-        if (a_.call.residual) residual[j] = load<kAccess>(at(a_.call.residual, places[j]), places[j].valid);
+        if (a_.call.residual)
+          residual[j] = load<kAccess>(at(a_.call.residual, places[j]), places[j].valid);
       }
 #pragma unroll
       for (int j = 0; j < kCells; ++j) write(affine, places[j], x[j], residual[j]);
@@ -142,15 +143,14 @@ class Forward {
   __device__ void write(const Affine<A, kLanes>& affine, const Place& place, const Cell<T>& x,
                         const Cell<T>& residual) const {
     const ForwardTrain& call = a_.call;
-    const Values<A> z =
-        affine.z(affine.centered(widen(x)), call.residual != nullptr, residual);
-    unsigned kept;
-    const Values<A> y = activate<T, kSmooth>(call.activation, z,
-                                             static_cast<A>(call.activation_param), &kept);
+    const Values<A> z = affine.z(affine.centered(widen(x)), call.residual != nullptr, residual);
     if (!kSmooth && call.mask) {
       const unsigned existing = (1u << place.valid) - 1;
-      call.mask[place.mask] = static_cast<std::uint8_t>(kept & existing);
+      call.mask[place.mask] =
+          static_cast<std::uint8_t>(kept_elements<T>(call.activation, z) & existing);
     }
+    const Values<A> y =
+        activate<T, kSmooth>(call.activation, z, static_cast<A>(call.activation_param));
     store<kAccess>(static_cast<T*>(call.y) + place.offset, narrow<T>(y), place.valid,
                    a_.geometry.stream_stores);
   }

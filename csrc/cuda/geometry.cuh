@@ -74,7 +74,9 @@ class PlanesWalk {
   static constexpr int kLanes = 1;  // all elements of a cell belong to one channel
 
   __device__ PlanesWalk(const Geometry& g, const Unit& unit)
-      : g_(g), channel_(unit.first_channel), cells_((g.problem.s + kCellElements - 1) / kCellElements) {
+      : g_(g),
+        channel_(unit.first_channel),
+        cells_((g.problem.s + kCellElements - 1) / kCellElements) {
     step_ = static_cast<std::int64_t>(g.team) * kCudaThreads;
     first_ = static_cast<std::int64_t>(unit.rank) * kCudaThreads + threadIdx.x;
     step_image_ = step_ / cells_;

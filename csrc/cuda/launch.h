@@ -14,9 +14,8 @@ cudaError_t launch(void (*kernel)(Arguments), const CudaPlan& plan, cudaStream_t
                    const Arguments& arguments) {
   constexpr std::int64_t kWithoutPermission = 48 * 1024;
   if (plan.shared_bytes > kWithoutPermission) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[1] = {};

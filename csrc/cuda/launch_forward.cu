@@ -57,8 +57,8 @@ CudaRequest request_for(const ForwardTrain& call, bool training) {
 
 cudaError_t run(const ForwardTrain& call, bool training, const CudaPlan& plan, void* workspace,
                 cudaStream_t stream) {
-  const ForwardArguments arguments = {geometry_of(call.problem, plan), call, training, false, false,
-                                      workspace};
+  const ForwardArguments arguments = {
+      geometry_of(call.problem, plan), call, training, false, false, workspace};
   return launch_passes(find_kernel(call, plan), plan, stream, arguments);
 }
 

@@ -44,8 +44,8 @@ cudaError_t device_limits(int device, DeviceLimits* limits) {
   };
   // 8 is the largest cluster that every device with clusters takes.
   constexpr int kPortableCluster = 8;
-  limits->compute_capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) +
-                               ask(cudaDevAttrComputeCapabilityMinor);
+  limits->compute_capability =
+      10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   limits->multiprocessors = ask(cudaDevAttrMultiProcessorCount);
   limits->threads_per_multiprocessor = ask(cudaDevAttrMaxThreadsPerMultiProcessor);
   limits->shared_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);

@@ -76,7 +76,8 @@ class Tensor {
       : dtype_(dtype), count_(count), shift_(shift * size_of(dtype)) {
     const std::size_t bytes = static_cast<std::size_t>(count * size_of(dtype) + shift_);
     memory_.reset(static_cast<char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)));
-    exact_.reset(static_cast<char*>(std::malloc(bytes)));  // 16-byte aligned, as malloc's blocks are
+    exact_.reset(
+        static_cast<char*>(std::malloc(bytes)));  // 16-byte aligned, as malloc's blocks are
     std::memset(exact_.get(), 0xff, bytes);
   }
   void* data() const { return exact_.get() + shift_; }
@@ -113,9 +114,8 @@ struct Case {
                   "%s %s n=%lld c=%lld s=%lld %s%s shift=%d mean=%g %sstrategy=%d team=%d slots=%d "
                   "units_at_once=%lld access=%d width=%lld %s",
                   problem.layout == Layout::kChannelsFirst ? "first" : "last",
-                  kDTypeNames[static_cast<int>(problem.dtype)],
-                  static_cast<long long>(problem.n), static_cast<long long>(problem.c),
-                  static_cast<long long>(problem.s),
+                  kDTypeNames[static_cast<int>(problem.dtype)], static_cast<long long>(problem.n),
+                  static_cast<long long>(problem.c), static_cast<long long>(problem.s),
                   kActivationNames[static_cast<int>(activation)], residual ? "+residual" : "",
                   shift, mean, cumulative ? "cumulative " : "", forced.strategy, forced.team,
                   forced.slots, static_cast<long long>(forced.units_at_once), forced.access,
@@ -195,9 +195,7 @@ bool is_kink(Activation a, double z) {
 }
 
 // Whether the forward pass dropped the element, by what it wrote.
-bool was_dropped(Activation a, double y) {
-  return y <= 0 || (a == Activation::kRelu6 && y >= 6);
-}
+bool was_dropped(Activation a, double y) { return y <= 0 || (a == Activation::kRelu6 && y >= 6); }
 
 // ---- one case -----------------------------------------------------------------------------------
 
@@ -348,8 +346,8 @@ class Run {
     for (std::int64_t i = 0; i < p_.numel(); ++i) {
       const std::int64_t k = channel_of(i);
       const double wanted = activate(c_.activation, z(i, mean[k], invstd[k]), param_);
-      const double error = 1.5 * z_error(i, mean[k], invstd[k]) + unit(p_.dtype) * std::fabs(wanted) +
-                           smallest(p_.dtype);
+      const double error = 1.5 * z_error(i, mean[k], invstd[k]) +
+                           unit(p_.dtype) * std::fabs(wanted) + smallest(p_.dtype);
       if (!expect_near(c_, "y", i, y_[i], wanted, error)) return;
     }
   }
@@ -358,11 +356,14 @@ class Run {
   void check_mask() {
     std::int64_t kept = 0, wanted = 0;
     for (const std::uint8_t byte : mask_) kept += __builtin_popcount(byte);
-    for (std::int64_t i = 0; i < p_.numel(); ++i) wanted += was_dropped(c_.activation, y_[i]) ? 0 : 1;
+    for (std::int64_t i = 0; i < p_.numel(); ++i)
+      wanted += was_dropped(c_.activation, y_[i]) ? 0 : 1;
     // Bytes that no element owns (planes whose rows have no padding) keep what they had.
-    const std::int64_t used = expanded_channels(p_) > 0 ? p_.numel() / 8 : mask_rows(p_) * mask_row_bytes(p_);
+    const std::int64_t used =
+        expanded_channels(p_) > 0 ? p_.numel() / 8 : mask_rows(p_) * mask_row_bytes(p_);
     kept -= 8 * (static_cast<std::int64_t>(mask_.size()) - used);
-    expect_near(c_, "bits of the mask", 0, static_cast<double>(kept), static_cast<double>(wanted), 0);
+    expect_near(c_, "bits of the mask", 0, static_cast<double>(kept), static_cast<double>(wanted),
+                0);
   }
 
   struct Needs {
@@ -372,23 +373,23 @@ class Run {
   void check_backward(bool training, const Needs& needs) {
     const Tensor dweight(c_.parameters, p_.c), dbias(c_.parameters, p_.c);
     const bool mask = masked() && training;
-    const Backward call{p_,
-                        dy_.data(),
-                        x_.data(),
-                        c_.residual && !mask && c_.activation != Activation::kIdentity ? r_.data()
-                                                                                       : nullptr,
-                        mask ? mask_.data() : nullptr,
-                        values(weight_),
-                        values(bias_),
-                        static_cast<const double*>(mean_.data()),
-                        static_cast<const double*>(invstd_.data()),
-                        training,
-                        c_.activation,
-                        param_,
-                        needs.dx ? dx_.data() : nullptr,
-                        needs.dresidual ? dr_.data() : nullptr,
-                        needs.dweight ? values(dweight) : ChannelValues{},
-                        needs.dbias ? values(dbias) : ChannelValues{}};
+    const Backward call{
+        p_,
+        dy_.data(),
+        x_.data(),
+        c_.residual && !mask && c_.activation != Activation::kIdentity ? r_.data() : nullptr,
+        mask ? mask_.data() : nullptr,
+        values(weight_),
+        values(bias_),
+        static_cast<const double*>(mean_.data()),
+        static_cast<const double*>(invstd_.data()),
+        training,
+        c_.activation,
+        param_,
+        needs.dx ? dx_.data() : nullptr,
+        needs.dresidual ? dr_.data() : nullptr,
+        needs.dweight ? values(dweight) : ChannelValues{},
+        needs.dbias ? values(dbias) : ChannelValues{}};
     const CudaPlan plan = plan_of(call);
     std::vector<char> workspace = workspace_of(plan);
     if (!succeeded(c_, "backward", cuda::backward(call, plan, workspace.data(), nullptr))) return;
@@ -418,14 +419,19 @@ class Run {
       // The derivative's own error is one of about 1, not of its value far from 0.
       const double size = std::fabs(g) + 1e-3 * std::fabs(dy_[i]);
       sum_of[k] += size, dot_of[k] += size * std::fabs(h);
-      if (is_kink(c_.activation, z(i, mean_[k], invstd_[k]))) kinks[k] += 2 * std::fabs(dy_[i]) * (1 + std::fabs(h));
+      if (is_kink(c_.activation, z(i, mean_[k], invstd_[k])))
+        kinks[k] += 2 * std::fabs(dy_[i]) * (1 + std::fabs(h));
     }
     // A derivative in float is off by a few units; so are its sums, in the mean of their terms.
     const double each = 64 * u;
     for (std::int64_t k = 0; k < p_.c; ++k) {
       const double stored = unit(c_.parameters);
-      if (needs.dbias) expect_near(c_, "dbias", k, dbias[k], sum[k], each * sum_of[k] + stored * std::fabs(sum[k]) + kinks[k]);
-      if (needs.dweight) expect_near(c_, "dweight", k, dweight[k], dot[k], each * (dot_of[k] + sum_of[k]) + stored * std::fabs(dot[k]) + kinks[k]);
+      if (needs.dbias)
+        expect_near(c_, "dbias", k, dbias[k], sum[k],
+                    each * sum_of[k] + stored * std::fabs(sum[k]) + kinks[k]);
+      if (needs.dweight)
+        expect_near(c_, "dweight", k, dweight[k], dot[k],
+                    each * (dot_of[k] + sum_of[k]) + stored * std::fabs(dot[k]) + kinks[k]);
     }
     for (std::int64_t i = 0; i < p_.numel(); ++i) {
       const std::int64_t k = channel_of(i);
@@ -433,10 +439,18 @@ class Run {
       const double g = dz(i), h = (x_[i] - mean_[k]) * invstd_[k];
       const double scale = invstd_[k] * weight_[k];
       const double inner = training ? g - sum[k] / n - h * dot[k] / n : g;
-      const double spread = std::fabs(g) + sum_of[k] / n + std::fabs(h) * dot_of[k] / n + kinks[k] / n;
-      const double error = std::fabs(scale) * (each * spread * (1 + std::fabs(h)) + kinks[k] / n * (1 + std::fabs(h)));
-      if (needs.dx && !expect_near(c_, "dx", i, dx_[i], scale * inner, error + unit(p_.dtype) * std::fabs(scale * inner) + smallest(p_.dtype))) return;
-      if (needs.dresidual && !expect_near(c_, "dresidual", i, dr_[i], g, each * std::fabs(dy_[i]) + unit(p_.dtype) * std::fabs(g) + smallest(p_.dtype))) return;
+      const double spread =
+          std::fabs(g) + sum_of[k] / n + std::fabs(h) * dot_of[k] / n + kinks[k] / n;
+      const double error = std::fabs(scale) *
+                           (each * spread * (1 + std::fabs(h)) + kinks[k] / n * (1 + std::fabs(h)));
+      if (needs.dx &&
+          !expect_near(c_, "dx", i, dx_[i], scale * inner,
+                       error + unit(p_.dtype) * std::fabs(scale * inner) + smallest(p_.dtype)))
+        return;
+      if (needs.dresidual && !expect_near(c_, "dresidual", i, dr_[i], g,
+                                          each * std::fabs(dy_[i]) + unit(p_.dtype) * std::fabs(g) +
+                                              smallest(p_.dtype)))
+        return;
     }
   }
 
@@ -453,9 +467,9 @@ class Run {
                            c_.activation,
                            param_};
     if (!succeeded(c_, "forward_eval", cuda::forward_eval(call, plan_of(call), nullptr))) return;
-    const cudaError_t error = cuda::eval_statistics(
-        values(running_mean_), values(running_var_), kEps, p_.c,
-        static_cast<double*>(mean_.data()), static_cast<double*>(invstd_.data()), nullptr);
+    const cudaError_t error = cuda::eval_statistics(values(running_mean_), values(running_var_),
+                                                    kEps, p_.c, static_cast<double*>(mean_.data()),
+                                                    static_cast<double*>(invstd_.data()), nullptr);
     if (!succeeded(c_, "eval_statistics", error)) return;
     check_output(mean_, invstd_);
     check_backward(false, {true, true, true, true});
@@ -480,7 +494,8 @@ struct Size {
 
 // What a plan leaves to chance is forced: each strategy with few and many slots, teams and waves.
 std::vector<CudaPlanOverride> plans() {
-  const int block = static_cast<int>(Strategy::kBlock), cluster = static_cast<int>(Strategy::kCluster),
+  const int block = static_cast<int>(Strategy::kBlock),
+            cluster = static_cast<int>(Strategy::kCluster),
             grid = static_cast<int>(Strategy::kGrid), two = static_cast<int>(Strategy::kTwoKernels);
   const int scalar = static_cast<int>(Access::kScalar);
   return {{},
@@ -495,8 +510,10 @@ std::vector<CudaPlanOverride> plans() {
 }
 
 std::vector<Case> all_cases() {
-  const std::vector<Size> first = {{2, 3, 16}, {3, 4, 49}, {5, 2, 520}, {17, 8, 4}, {1, 3, 2055}, {33, 5, 8}, {9, 16, 2}, {40, 24, 9}};
-  const std::vector<Size> last = {{7, 8, 1}, {40, 3, 1}, {5, 24, 9}, {3, 65, 5}, {300, 16, 1}, {2, 136, 3}, {11, 17, 2}};
+  const std::vector<Size> first = {{2, 3, 16},   {3, 4, 49}, {5, 2, 520}, {17, 8, 4},
+                                   {1, 3, 2055}, {33, 5, 8}, {9, 16, 2},  {40, 24, 9}};
+  const std::vector<Size> last = {{7, 8, 1},    {40, 3, 1},  {5, 24, 9}, {3, 65, 5},
+                                  {300, 16, 1}, {2, 136, 3}, {11, 17, 2}};
   std::vector<Case> cases;
   unsigned turn = 0;  // varies what needs no full cross product
   for (const DType dtype : {DType::kFloat, DType::kBFloat16, DType::kHalf, DType::kDouble}) {
@@ -515,7 +532,9 @@ std::vector<Case> all_cases() {
                            turn % 11 == 0,
                            parameters,
                            forced,
-                           turn % 13 == 0 ? "turing" : turn % 17 == 0 ? "ampere" : "hopper"});
+                           turn % 13 == 0   ? "turing"
+                           : turn % 17 == 0 ? "ampere"
+                                            : "hopper"});
         }
       }
     }

@@ -546,22 +546,22 @@ class Check {
     std::int64_t batches = 4;
     const double momentum = cumulative ? 0.2 : 0.3;
     const batchnorm::ForwardTrain call{p_,
-                                            x_.data(),
-                                            residual(),
-                                            y.data(),
-                                            c_.mask ? mask.bytes() : nullptr,
-                                            weight_.view(),
-                                            bias_.view(),
-                                            new_mean.view(),
-                                            new_var.view(),
-                                            tracked ? &batches : nullptr,
-                                            0.3,
-                                            tracked && cumulative,
-                                            kEps,
-                                            c_.activation,
-                                            c_.param,
-                                            mean.doubles(),
-                                            invstd.doubles()};
+                                       x_.data(),
+                                       residual(),
+                                       y.data(),
+                                       c_.mask ? mask.bytes() : nullptr,
+                                       weight_.view(),
+                                       bias_.view(),
+                                       new_mean.view(),
+                                       new_var.view(),
+                                       tracked ? &batches : nullptr,
+                                       0.3,
+                                       tracked && cumulative,
+                                       kEps,
+                                       c_.activation,
+                                       c_.param,
+                                       mean.doubles(),
+                                       invstd.doubles()};
     const CpuPlan chosen = plan(Pass::kForward, c_.mask);
     in_fresh_thread([&](const auto& loop) { batchnorm::cpu::forward_train(call, chosen, loop); });
 
@@ -617,16 +617,16 @@ class Check {
   void forward_eval() {
     const Buffer y = output();
     const batchnorm::ForwardEval call{p_,
-                                           x_.data(),
-                                           residual(),
-                                           y.data(),
-                                           weight_.view(),
-                                           bias_.view(),
-                                           running_mean_.view(),
-                                           running_var_.view(),
-                                           kEps,
-                                           c_.activation,
-                                           c_.param};
+                                      x_.data(),
+                                      residual(),
+                                      y.data(),
+                                      weight_.view(),
+                                      bias_.view(),
+                                      running_mean_.view(),
+                                      running_var_.view(),
+                                      kEps,
+                                      c_.activation,
+                                      c_.param};
     const CpuPlan chosen = plan(Pass::kEval, false);
     in_fresh_thread([&](const auto& loop) { batchnorm::cpu::forward_eval(call, chosen, loop); });
     std::vector<double> mean, invstd;
@@ -675,21 +675,21 @@ class Check {
     const PerChannel dweight = random_.one_in(3) ? PerChannel{} : per_channel();
     const PerChannel dbias = random_.one_in(3) ? PerChannel{} : per_channel();
     const batchnorm::Backward call{p_,
-                                        dy_.data(),
-                                        x_.data(),
-                                        c_.mask && random_.one_in(2) ? nullptr : residual(),
-                                        c_.mask ? mask.bytes() : nullptr,
-                                        weight_.view(),
-                                        bias_.view(),
-                                        mean.doubles(),
-                                        invstd.doubles(),
-                                        c_.training,
-                                        c_.activation,
-                                        c_.param,
-                                        dx.data(),
-                                        dresidual.data(),
-                                        dweight.view(),
-                                        dbias.view()};
+                                   dy_.data(),
+                                   x_.data(),
+                                   c_.mask && random_.one_in(2) ? nullptr : residual(),
+                                   c_.mask ? mask.bytes() : nullptr,
+                                   weight_.view(),
+                                   bias_.view(),
+                                   mean.doubles(),
+                                   invstd.doubles(),
+                                   c_.training,
+                                   c_.activation,
+                                   c_.param,
+                                   dx.data(),
+                                   dresidual.data(),
+                                   dweight.view(),
+                                   dbias.view()};
     const CpuPlan chosen = plan(Pass::kBackward, c_.mask);
     in_fresh_thread([&](const auto& loop) { batchnorm::cpu::backward(call, chosen, loop); });
     expect_gradients(dz, dx, dresidual, dweight, dbias);
