@@ -431,6 +431,15 @@ def test_a_small_call_is_cut_narrower_than_a_large_one() -> None:
     assert small["blocks"] >= 16
 
 
+def test_the_second_level_cache_helps_to_keep_a_unit() -> None:
+    """Backward of 128x64x56x56 leaves 22 MB of 64 bytes' channels beside shared memory."""
+    call = Call("channels_last", "bfloat16", 128, 64, 3136, "backward", "h200")
+    assert call.plan()["unit_channels"] * 2 == 64
+    assert call._replace(n=1024).plan()["unit_channels"] == 64
+    small: Any = DEVICES["h200"] | {"l2": 1 << 20}
+    assert call._replace(device=small).plan()["unit_channels"] == 64
+
+
 def test_no_second_turn_for_a_few_blocks() -> None:
     """256 blocks that hold more each, rather than 512 on a device for 264."""
     plan = Call("channels_first", "bfloat16", 32, 64, 3136, "forward").plan()

@@ -35,6 +35,9 @@ constexpr std::int64_t kPauseBytes = 64;
 // So many tenths of a full device's blocks move as much as all of them: 64 bytes on their way for
 // each of a block's 256 threads, and 700 ns until they arrive, are 23 GB/s for each block.
 constexpr std::int64_t kSaturatingTenths = 7;
+// So many tenths of the second-level cache are taken to serve a second reading; stores, other
+// tensors and what is held twice (Hopper's cache has two halves) have the rest.
+constexpr std::int64_t kCacheTenths = 6;
 // Blocks for each place on the device where blocks need not meet: enough for an even end.
 constexpr std::int64_t kWavesOfBlocks = 4;
 constexpr std::int64_t kMaxGrid = 2147483647;
@@ -174,6 +177,12 @@ struct Planner {
     }
   }
 
+  // Whether the second-level cache keeps what a unit leaves beside all blocks' shared memory.
+  bool is_cached() const {
+    const std::int64_t left = std::max<std::int64_t>(cells(places()) - slots(), 0);
+    return left * places() * slot_bytes() <= device.l2 * kCacheTenths / 10;
+  }
+
   // No wider than asked for; groups of about one size, since the narrowest would be the slowest.
   std::int64_t group_of(std::int64_t bytes) const {
     const std::int64_t widest = std::max(bytes / element(), std::int64_t{kCellElements});
@@ -181,20 +190,23 @@ struct Planner {
     return std::min(round_up(divide_up(p.c, divide_up(p.c, widest)), step), p.c);
   }
 
-  // Channels-last: the fastest of the groups that stay on the chip.
+  // Channels-last: the fastest of the groups that stay in shared memory, else the widest that stays
+  // on the chip with the cache's help, else the widest.
   std::int64_t group_of_channels() {
     const std::int64_t widest = group_of(kGroups.front().bytes);
     if (!request.reduces) return widest;
-    std::int64_t best = widest, best_time = 0;
+    std::int64_t best = 0, best_time = 0, cached = 0;
     for (const Group& group : kGroups) {
       unit_channels = group_of(group.bytes);
+      if (cached == 0 && device.cooperative && is_cached()) cached = unit_channels;
       const Way way = resident();
       const std::int64_t time = way.time * group.percent;
-      if (way.team == 0 || (best_time > 0 && time >= best_time)) continue;
+      if (way.team == 0 || (best > 0 && time >= best_time)) continue;
       best = unit_channels;
       best_time = time;
     }
-    return best;
+    if (best > 0) return best;
+    return cached > 0 ? cached : widest;
   }
 
   // With a cumulative average the blocks that write running statistics read the counter before one
