@@ -19,7 +19,8 @@ from torch import Tensor
 
 from batchnorm_ext import _C, functional, reference
 
-#: The device of the tests' tensors: BATCHNORM_EXT_TEST_DEVICE=cuda runs them on a GPU.
+#: Where cases have their tensors. BATCHNORM_EXT_TEST_DEVICE=cuda runs the tests that are made of
+#: cases on a GPU.
 DEVICE = torch.device(os.environ.get("BATCHNORM_EXT_TEST_DEVICE", "cpu"))
 #: The emulated CUDA device, where tests/conftest.py put it behind the operators for CPU tensors.
 EMULATED: Any = sys.modules.get("torch_emulated")
