@@ -33,7 +33,7 @@ TORCH_INDEX_URL ?=
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-slow sanitize benchmark benchmark-smoke lint format typecheck \
+.PHONY: help build test test-slow test-emulated sanitize benchmark benchmark-smoke lint format typecheck \
         nvcc-check clean
 
 help:  ## this list
@@ -113,6 +113,13 @@ test: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## every test but the slow ones
 
 test-slow: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## the slow tests: about 10 GB of memory
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+# Without the sizes that take the emulation a minute each.
+EMULATED := ops layouts forward backward autograd modules semantics numerics determinism errors \
+            convert torch_module_db cuda_plans
+test-emulated: $(BUILT) $(STAMPS)/test  ## the tests on the CUDA kernels, on the emulated device
+	BATCHNORM_EXT_EMULATED_CUDA=1 $(PY) -m pytest $(EMULATED:%=tests/test_%.py) \
+	    --deselect tests/test_numerics.py::test_extreme_sizes $(PYTEST_ARGS)
 
 sanitize: $(BUILT) $(STAMPS)/test  ## the CPU kernels under AddressSanitizer and UBSan
 	$(PY) -m pytest tests/test_sanitizers.py $(PYTEST_ARGS)

@@ -72,12 +72,13 @@ def make_data(group: Group, mean: float = 0.0, seed: int = 0) -> Data:
         return torch.randn(size, generator=random)
 
     def activation(offset: float = 0.0) -> Tensor:
-        return in_layout(normal(*sizes).add_(offset).to(dtype), group.layout)
+        values = normal(*sizes).add_(offset).to(dtype).to(group.device)
+        return in_layout(values, group.layout)
 
     def vector(values: Tensor) -> Tensor:
-        return values.to(parameter_dtype)
+        return values.to(parameter_dtype).to(group.device)
 
-    data = Data(
+    data = Data(  # made on the CPU: the same numbers on every device
         x=activation(mean),
         residual=activation() if group.op == "bn_add_relu" else None,
         grad=activation(),
@@ -100,7 +101,7 @@ def _load(module: nn.Module, data: Data) -> nn.Module:
         "num_batches_tracked": torch.tensor(0),
     }
     module.load_state_dict({name: value.detach() for name, value in state.items()})
-    return module.to(data.weight.dtype)
+    return module.to(data.weight.device, data.weight.dtype)
 
 
 def _rank(data: Data) -> str:
@@ -133,6 +134,17 @@ def _eager(group: Group, data: Data) -> tuple[nn.Module, Step]:
     return norm, steps[group.op]
 
 
+def _cudnn_off(group: Group, data: Data) -> tuple[nn.Module, Step]:
+    """torch's own kernels, also where it would call cuDNN: backward follows forward in that."""
+    norm, step = _eager(group, data)
+
+    def without(x: Tensor, residual: Tensor | None) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return step(x, residual)
+
+    return norm, without
+
+
 def _compile(group: Group, data: Data) -> tuple[nn.Module, Step]:
     import torch._dynamo
     import torch._functorch.config
@@ -149,6 +161,7 @@ def _compile(group: Group, data: Data) -> tuple[nn.Module, Step]:
 MAKERS: dict[str, Callable[[Group, Data], tuple[nn.Module, Step]]] = {
     OURS: _ours,
     "eager": _eager,
+    "cudnn_off": _cudnn_off,
     "compile": _compile,
 }
 

@@ -1,4 +1,7 @@
-"""The command line: run, compare, plot, env, demo, micro. torch is loaded by the commands only."""
+"""The command line: run, compare, plot, env, demo, micro, predict.
+
+torch is loaded by the commands only.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,23 @@ def _require_extension() -> None:
         raise typer.Exit(2) from None
 
 
+def _require_device(device: str) -> None:
+    import torch
+
+    from batchnorm_ext import _C
+
+    if device != "cuda":
+        return
+    if not torch.cuda.is_available():
+        problem = "torch sees no GPU"
+    elif not _C.build_info()["cuda"]:
+        problem = "batchnorm_ext was built without CUDA"
+    else:
+        return
+    print(f"benchmarks: --device cuda, but {problem}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
 def _read(path: Path) -> dict[str, Any]:
     from benchmarks.results import read_json
 
@@ -86,7 +106,8 @@ def run(
         raise typer.BadParameter(f"--preset: {preset!r} is not one of {', '.join(shapes.PRESETS)}")
     if allocator not in ALLOCATORS:
         raise typer.BadParameter(f"--allocator: {allocator!r} is not one of {ALLOCATORS}")
-    _choices(device, shapes.DEVICES, "device")
+    if device not in shapes.DEVICES:
+        raise typer.BadParameter(f"--device: {device!r} is not one of {', '.join(shapes.DEVICES)}")
     modes = _choices(mode, tuple(shapes.MODES), "mode")
     directions = _choices(direction, shapes.DIRECTIONS, "direction")
     if modes:
@@ -106,10 +127,12 @@ def run(
         directions=directions,
         baselines=_choices(baseline, shapes.BASELINES, "baseline"),
         threads=_numbers(threads),
+        device=device,
     )
     if allocator == "huge-pages":  # read by torch at its first allocation
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
     _require_extension()
+    _require_device(device)
     from benchmarks import measure
 
     formats = {"json": json, "csv": csv, "md": md, "plot": plot}
@@ -197,3 +220,19 @@ def micro(
     from benchmarks import micro as measurements
 
     measurements.run(output, budget)
+
+
+@app.command()
+def predict(
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: Annotated[str, typer.Option(help=", ".join(shapes.DTYPES))] = "bfloat16",
+    device: Annotated[str, typer.Option(help="a name that the command plan knows")] = "h200",
+) -> None:
+    """Print what the CUDA plans of ResNet-50 would move, and how long at a copy's rate."""
+    _require_extension()
+    from benchmarks import predict as predictions
+
+    try:
+        print(predictions.report(dtype, batch, device))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

@@ -62,6 +62,28 @@ def cpu_fields() -> dict[str, str]:
     return {key: pairs[key].strip() for key in wanted if key in pairs}
 
 
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before the device's memory."""
+    if device == "cpu":
+        return llc_bytes()
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def gpu_fields() -> dict[str, Any]:
+    """The current GPU: name, compute capability, memory, driver."""
+    properties = torch.cuda.get_device_properties("cuda")
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": cache_bytes("cuda"),
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
 def extension() -> dict[str, Any]:
     """Version, build and instruction set of batchnorm_ext."""
     import batchnorm_ext
@@ -74,16 +96,17 @@ def extension() -> dict[str, Any]:
     }
 
 
-def collect() -> dict[str, Any]:
-    """Everything above, for the result file."""
+def collect(device: str = "cpu") -> dict[str, Any]:
+    """Everything above, for the result file of a run on the device."""
     huge_pages = re.search(r"\[(\w+)\]", _read(_HUGE_PAGES))
     info = collect_env.get_env_info()
     huge = os.environ.get(HUGE_PAGES_VARIABLE) == "1"
     variables = ("OMP_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "BATCHNORM_EXT_CPU")
     return {
-        "device": "cpu",
+        "device": device,
         "cpu": cpu_fields(),
-        "llc_bytes": llc_bytes(),
+        **({"gpu": gpu_fields()} if device == "cuda" else {}),
+        "llc_bytes": cache_bytes(device),
         "os": info.os,
         "python": info.python_version,
         "torch": torch.__version__,
@@ -97,8 +120,15 @@ def collect() -> dict[str, Any]:
     }
 
 
+def device_name(environment: dict[str, Any]) -> str:
+    """As the system calls the device that was measured."""
+    if environment["device"] == "cuda":
+        return str(environment["gpu"]["name"])
+    return str(environment["cpu"].get("Model name", "unknown"))
+
+
 def device_slug(environment: dict[str, Any]) -> str:
-    """The device's name for file names: cpu-amd-epyc."""
-    model = environment["cpu"].get("Model name", "unknown")
+    """The device's name for file names: cpu-amd-epyc, cuda-nvidia-h100-80gb-hbm3."""
+    model = device_name(environment)
     words = re.sub(r"\(.*?\)|@.*|\bCPU\b|\bProcessor\b", " ", model).lower()
     return "-".join([environment["device"], *re.findall(r"[a-z0-9]+", words)[:5]])

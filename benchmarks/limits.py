@@ -37,7 +37,11 @@ def copies(x: Tensor) -> dict[str, Callable[[], object]]:
         "warm_copy": lambda: target.copy_(source),
         CONTROL: source.clone,
     }
-    if source.nbytes > FRESH_PAGES_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    if (
+        source.device.type == "cpu"
+        and source.nbytes > FRESH_PAGES_BYTES
+        and hasattr(mmap, "MADV_HUGEPAGE")
+    ):
         calls["huge_clone"] = lambda: huge_empty_like(source).copy_(source)
     return calls
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import overhead, report, results
-from benchmarks.environment import llc_bytes
+from benchmarks.environment import cache_bytes
 from benchmarks.runner import Runner
 from benchmarks.shapes import PRESETS, Group, Preset, Selection
 
@@ -29,6 +29,8 @@ def thread_counts(preset: Preset, selection: Selection) -> tuple[int, ...]:
     """The counts to run with: as asked; else torch's own, and 1 too in the larger presets."""
     if selection.threads:
         return selection.threads
+    if selection.device != "cpu":
+        return (1,)
     usual = torch.get_num_threads()
     return (1, usual) if preset.all_thread_counts and usual > 1 else (usual,)
 
@@ -41,7 +43,7 @@ def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str
     load = os.getloadavg()[0]
     limit_s = preset.limit_s if budget_s is None else math.inf
     budget_s = preset.budget_s if budget_s is None else budget_s
-    runner = Runner(budget_s, limit_s, preset.rounds, llc_bytes())
+    runner = Runner(budget_s, limit_s, preset.rounds, cache_bytes(selection.device))
     columns = (
         *(TextColumn("{task.description}"), BarColumn()),
         *(MofNCompleteColumn(), TimeElapsedColumn()),
@@ -50,7 +52,7 @@ def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task("host time", total=len(groups))
         progress.refresh()
-        host = overhead.host_time(preset.host_rounds)
+        host = overhead.host_time(preset.host_rounds, selection.device)
         saved = overhead.saved_bytes()
         started = False
 
@@ -65,6 +67,7 @@ def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str
         progress.refresh()
     settings = {
         "preset": name,
+        "device": selection.device,
         "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
         "threads": list(counts),
         "budget_s": budget_s,

@@ -18,9 +18,9 @@ CALLS_PER_BLOCK = 500
 SAVED_SHAPE = Shape("resnet50", (4, 64, 56, 56))
 
 
-def _host_calls(module: nn.Module) -> dict[str, Callable[[], object]]:
-    x = torch.randn(TINY, requires_grad=True)
-    grad = torch.randn(TINY)
+def _host_calls(module: nn.Module, device: str) -> dict[str, Callable[[], object]]:
+    x = torch.randn(TINY, device=device, requires_grad=True)
+    grad = torch.randn(TINY, device=device)
     wanted = [x, *module.parameters()]
     return {
         "forward": lambda: module(x),
@@ -28,7 +28,7 @@ def _host_calls(module: nn.Module) -> dict[str, Callable[[], object]]:
     }
 
 
-def host_time(rounds: int) -> list[dict[str, Any]]:
+def host_time(rounds: int, device: str = "cpu") -> list[dict[str, Any]]:
     """Seconds per call of the module on a (2,4,2,2) input, ours beside nn.BatchNorm2d.
 
     One thread: the arithmetic is a few dozen nanoseconds, the rest is what the call itself costs.
@@ -36,7 +36,7 @@ def host_time(rounds: int) -> list[dict[str, Any]]:
     import batchnorm_ext
 
     modules = {OURS: batchnorm_ext.BatchNorm2d(TINY[1]), "eager": nn.BatchNorm2d(TINY[1])}
-    calls = {name: _host_calls(module) for name, module in modules.items()}
+    calls = {name: _host_calls(module.to(device), device) for name, module in modules.items()}
     rows = []
     for direction in ("forward", "forward+backward"):
         timers = {

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.candidates import OURS
+from benchmarks.environment import device_name
 from benchmarks.limits import FASTEST
 from benchmarks.results import CASE_KEYS
 from benchmarks.shapes import BASELINES, DIRECTIONS
@@ -182,7 +183,7 @@ def print_report(result: dict[str, Any], console: Console) -> None:
     wide = WIDTH + WIDTH_PER_PEER * (len(_baselines(result)) - 1)
     console.width = max(console.width, wide)
     console.print(
-        f"{environment['cpu'].get('Model name', 'CPU')}, torch {environment['torch']}, "
+        f"{device_name(environment)}, torch {environment['torch']}, "
         f"batchnorm_ext {environment['batchnorm_ext']['version']} "
         f"({environment['batchnorm_ext']['cpu_capability']}), "
         f"allocator: {environment['torch_allocator']}",

@@ -41,7 +41,7 @@ def header(settings: dict[str, Any]) -> dict[str, Any]:
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "git": git_state(),
         "settings": settings,
-        "environment": collect(),
+        "environment": collect(settings.get("device", "cpu")),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import check, limits, traffic
+from benchmarks import check, graphs, limits, traffic
 from benchmarks.candidates import OURS, Calls, Data, make_calls, make_data
 from benchmarks.shapes import Group
 from benchmarks.timing import Ratio, Stats, interleave
@@ -19,6 +19,14 @@ from benchmarks.timing import Ratio, Stats, interleave
 TIMING_SHARE = 0.5
 # Even a preset that is behind its budget gives a case this much: many rounds for a short call.
 LEAST_S = 0.03
+
+
+def _timed(direction: str, data: Data, calls: dict[str, Calls]) -> dict[str, Callable[[], object]]:
+    """Everything that is timed for a direction: the candidates and the copies."""
+    timed: dict[str, Callable[[], object]] = {
+        name: getattr(candidate, direction) for name, candidate in calls.items()
+    }
+    return {**timed, **limits.copies(data.x)}
 
 
 class Runner:
@@ -53,10 +61,14 @@ class Runner:
             torch.set_num_threads(threads)
 
     def _group(self, group: Group, budget_s: float) -> None:
-        data = make_data(group)
-        calls, errors = self._checked(group, data)
-        for direction in group.directions:
-            self.cases.append(self._case(group, direction, data, calls, errors, budget_s))
+        # What is captured in a CUDA graph must have been built on the stream of the capture.
+        with contextlib.ExitStack() as streams:
+            if group.device == "cuda":
+                streams.enter_context(torch.cuda.stream(graphs.stream()))
+            data = make_data(group)
+            calls, errors = self._checked(group, data)
+            for direction in group.directions:
+                self.cases.append(self._case(group, direction, data, calls, errors, budget_s))
         if "compile" in group.baselines:
             torch._dynamo.reset()
 
@@ -130,15 +142,47 @@ class Runner:
         }
         if OURS not in calls:  # wrong results are not timed
             return case
-        timed = {name: getattr(candidate, direction) for name, candidate in calls.items()}
-        timed.update(limits.copies(data.x))
         quiet = torch.no_grad() if direction == "eval" else contextlib.nullcontext()
         with quiet:
-            stats = interleave(timed, budget_s=budget_s, rounds=self.rounds)
+            if group.device == "cuda":
+                stats = self._time_graphs(group, direction, data, calls, budget_s)
+            else:
+                timed = _timed(direction, data, calls)
+                stats = interleave(timed, budget_s=budget_s, rounds=self.rounds)
+        if OURS not in stats:
+            return case
         case["timings"] = {name: value.as_dict() for name, value in stats.items()}
         case["speedup"] = self._speedups(stats, group)
-        case["fraction"] = {name: self._fractions(moved, data.x, stats, name) for name in calls}
+        case["fraction"] = {
+            name: self._fractions(moved, data.x, stats, name) for name in calls if name in stats
+        }
         return case
+
+    def _time_graphs(
+        self,
+        group: Group,
+        direction: str,
+        data: Data,
+        calls: dict[str, Calls],
+        budget_s: float,
+    ) -> dict[str, Stats]:
+        """As interleave, of calls that are captured with rotating tensors."""
+        moved = traffic.compulsory_bytes(group.op, direction, data.x.numel(), data.x.element_size())
+        sets = [_timed(direction, data, calls)]
+        for seed in range(1, graphs.sets_needed(moved, self.llc_bytes)):
+            other = make_data(group, seed=seed)
+            sets.append(
+                _timed(direction, other, {name: make_calls(name, group, other) for name in calls})
+            )
+        replays: dict[str, Callable[[], object]] = {}
+        counts: dict[str, int] = {}
+        for name in sets[0]:
+            try:
+                replays[name], counts[name] = graphs.capture([timed[name] for timed in sets])
+            except RuntimeError as error:
+                self._failed(name, group, f"{direction}: {error}".splitlines()[0])
+        stats = interleave(replays, budget_s=budget_s, rounds=self.rounds, block_s=graphs.BLOCK_S)
+        return {name: found.shared_by(counts[name]) for name, found in stats.items()}
 
     @staticmethod
     def _fractions(moved: int, x: Tensor, stats: dict[str, Stats], name: str) -> dict[str, float]:

@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LAYOUTS = ("channels_first", "channels_last")
 OPS = ("bn", "bn_relu", "bn_add_relu")
 DIRECTIONS = ("forward", "backward", "eval")
 MODES = {"train": ("forward", "backward"), "eval": ("eval",)}
-BASELINES = ("eager", "compile")
+BASELINES = ("eager", "cudnn_off", "compile")
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,11 @@ class Group:
     threads: int
     directions: tuple[str, ...] = DIRECTIONS
     baselines: tuple[str, ...] = ("eager",)
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        parts = (self.shape.name, self.layout, self.dtype, self.op, f"{self.threads} threads")
+        where = f"{self.threads} threads" if self.device == "cpu" else self.device
+        parts = (self.shape.name, self.layout, self.dtype, self.op, where)
         return " ".join(parts)
 
 
@@ -168,6 +170,10 @@ _QUICK = [
 ]
 _QUICK_1D = [Shape("batchnorm1d", (50_000, 64))]
 _SMOKE = [Shape("edge", (2, 512, 7, 7)), Shape("edge", (32, 17, 28, 28))]
+# A GPU's batch size: ResNet-50 as it is trained, and what lies at the edges.
+_GPU = _images("resnet50", 128, RESNET50_PLANES)
+_GPU_EDGES = [*ONE_D[:4], *EDGES]
+_ON_CUDA = ("eager", "cudnn_off")
 _COMPILED = [RESNET50[1], RESNET50[7], RESNET50[10]]
 
 PRESETS = {
@@ -192,6 +198,18 @@ PRESETS = {
         rounds=(15, 41),
         host_rounds=31,
         all_thread_counts=True,
+    ),
+    "gpu": Preset(
+        [
+            Block([_GPU[1], _GPU[7], _GPU[10]], dtypes=("bfloat16",), baselines=BASELINES),
+            Block(_GPU, dtypes=("bfloat16",), baselines=_ON_CUDA),
+            Block(_GPU, dtypes=("float16", "float32"), ops=("bn",), baselines=_ON_CUDA),
+            Block(_GPU_EDGES, dtypes=("bfloat16", "float32"), ops=("bn",), baselines=_ON_CUDA),
+        ],
+        budget_s=150.0,
+        rounds=(FEWEST_ROUNDS, 31),
+        host_rounds=15,
+        limit_s=210.0,
     ),
     "full": Preset(
         [
@@ -218,6 +236,7 @@ class Selection:
     directions: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
     threads: tuple[int, ...] = ()
+    device: str = "cpu"
 
     def blocks(self, preset: Preset) -> list[Block]:
         """The preset's blocks with the options put in; one block where shapes are named."""
@@ -228,7 +247,11 @@ class Selection:
 
     def groups(self, preset: Preset, threads: Sequence[int]) -> list[Group]:
         """The groups to measure, each once: options can make two blocks of a preset the same."""
-        every = (group for block in self.blocks(preset) for group in block.groups(threads))
+        every = (
+            replace(group, device=self.device)
+            for block in self.blocks(preset)
+            for group in block.groups(threads)
+        )
         widest: dict[tuple[object, ...], Group] = {}
         for group in every:
             key = (group.shape.sizes, group.layout, group.dtype, group.op, group.threads)

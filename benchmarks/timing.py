@@ -45,6 +45,11 @@ class Stats:
         q1, median, q3 = (float(x) for x in np.percentile(values, (25, 50, 75)))
         return Stats(median, q1, q3, float(values.min()), len(values), calls)
 
+    def shared_by(self, calls: int) -> Stats:
+        """Of one call, where what was timed is so many."""
+        median, q1, q3, least = (t / calls for t in (self.median, self.q1, self.q3, self.minimum))
+        return Stats(median, q1, q3, least, self.rounds, self.calls * calls)
+
     def as_dict(self) -> dict[str, float]:
         """The fields for JSON, rounded to a tenth of a nanosecond."""
         return {key: round(value, 10) for key, value in asdict(self).items()}

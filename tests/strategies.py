@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from batchnorm_ext import _C, functional, reference
+
+#: Where cases have their tensors. BATCHNORM_EXT_TEST_DEVICE=cuda runs the tests that are made of
+#: cases on a GPU.
+DEVICE = torch.device(os.environ.get("BATCHNORM_EXT_TEST_DEVICE", "cpu"))
+#: The emulated CUDA device, where tests/conftest.py put it behind the operators for CPU tensors.
+EMULATED: Any = sys.modules.get("torch_emulated")
+EMULATED_DEVICES = ("hopper", "ampere", "turing") if EMULATED else ("as it is",)
+HAS_CUDA_KERNELS = EMULATED is not None or DEVICE.type == "cuda"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -136,6 +146,29 @@ def forced_plan(**fields: Any) -> Iterator[None]:
 
 
 @contextmanager
+def forced_cuda_plan(**fields: Any) -> Iterator[None]:
+    """The CUDA plan's fields for the calls inside."""
+    _C.force_cuda_plan(**fields)
+    try:
+        yield
+    finally:
+        _C.force_cuda_plan()
+
+
+@contextmanager
+def emulated_device(name: str) -> Iterator[None]:
+    """One of EMULATED_DEVICES for the calls inside; a real device stays what it is."""
+    if EMULATED is None:
+        yield
+        return
+    EMULATED.set_device(name)
+    try:
+        yield
+    finally:
+        EMULATED.set_device("hopper")
+
+
+@contextmanager
 def cpu_capability(name: str) -> Iterator[None]:
     """The instruction set for the calls inside."""
     before = _C.cpu_capability()
@@ -253,7 +286,7 @@ class Case:
         def typed(values: Tensor, kind: torch.dtype | str | None) -> Tensor | None:
             if kind is None:
                 return None
-            return values.to(self.dtype if isinstance(kind, str) else kind)
+            return values.to(DEVICE, self.dtype if isinstance(kind, str) else kind)
 
         layouts = LAYOUTS | EXPANDED
         c = self.shape[1]
@@ -269,15 +302,15 @@ class Case:
         mean, var = BUFFERS[self.buffers]
         has_buffers = self.mode != "batch"
         return Data(
-            layouts[self.layout](x.to(self.dtype)),
-            layouts[self.residual](residual.to(self.dtype)) if self.residual else None,
+            layouts[self.layout](x.to(DEVICE, self.dtype)),
+            layouts[self.residual](residual.to(DEVICE, self.dtype)) if self.residual else None,
             typed(normal(c) * 0.5 + 1.0, weight),
             typed(normal(c), bias),
             typed(centre + 0.3 * normal(c), mean if has_buffers else None),
             typed((self.scale * spread).square() * (0.5 + normal(c).abs()), var)
             if has_buffers
             else None,
-            layouts[self.grad_layout](dy.to(self.dtype)),
+            layouts[self.grad_layout](dy.to(DEVICE, self.dtype)),
         )
 
     def call(self, data: Data) -> Tensor:

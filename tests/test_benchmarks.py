@@ -32,6 +32,7 @@ from benchmarks import (
     demo,
     demo_report,
     environment,
+    graphs,
     limits,
     micro,
     overhead,
@@ -846,3 +847,51 @@ def test_demo_runs_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     result = json.loads(only(tmp_path, "*demo.json").read_text())
     assert {run["variant"] for run in result["runs"]} == {*demo_report.NAMES, demo.CONTROL}
     assert plots.plt.get_fignums() == []
+
+
+# ---- a GPU's measurements, as far as they need none ----
+
+
+@pytest.mark.parametrize(
+    "bytes_of_one, cache, sets, calls",
+    [
+        (400 << 20, 50 << 20, 2, 10),  # one is more than the cache: two take turns
+        (100 << 20, 50 << 20, 2, 10),
+        (60 << 20, 50 << 20, 4, 12),
+        (1 << 20, 50 << 20, 16, 16),  # no more than 16, whatever the cache
+    ],
+)
+def test_rotating_sets_are_larger_than_the_cache(
+    bytes_of_one: int, cache: int, sets: int, calls: int
+) -> None:
+    assert graphs.sets_needed(bytes_of_one, cache) == sets
+    assert graphs.calls_in_graph(sets) == calls
+    assert calls % sets == 0
+
+
+def test_a_graph_s_time_is_shared_by_its_calls() -> None:
+    whole = timing.Stats(median=8.0, q1=6.0, q3=10.0, minimum=4.0, rounds=3, calls=5)
+    assert whole.shared_by(2) == timing.Stats(4.0, 3.0, 5.0, 2.0, 3, 10)
+
+
+def test_a_gpu_s_result_is_named_after_the_gpu_and_has_no_goals_of_the_cpu() -> None:
+    gpu = {"device": "cuda", "gpu": {"name": "NVIDIA H100 80GB HBM3"}, "cpu": {}}
+    assert environment.device_slug(gpu) == "cuda-nvidia-h100-80gb-hbm3"
+    assert summary.goals({"environment": gpu, "cases": [], "host_time": []}) == []
+
+
+def test_the_gpu_preset_times_all_peers_on_the_gpu() -> None:
+    groups = shapes.Selection(device="cuda").groups(shapes.PRESETS["gpu"], (1,))
+    assert {group.device for group in groups} == {"cuda"}
+    assert {name for group in groups for name in group.baselines} == set(shapes.BASELINES)
+    assert {group.dtype for group in groups} == {"bfloat16", "float16", "float32"}
+    sizes = {group.shape.sizes for group in groups}
+    assert {(128, c, side, side) for c, side in shapes.RESNET50_PLANES} <= sizes
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = CliRunner().invoke(app, ["run", "--device", "cuda", "--preset", "smoke"])
+    assert done.exit_code == 2
+    assert "--device cuda, but torch sees no GPU" in done.stderr

@@ -144,13 +144,13 @@ class Forward {
                         const Cell<T>& residual) const {
     const ForwardTrain& call = a_.call;
     const Values<A> z = affine.z(affine.centered(widen(x)), call.residual != nullptr, residual);
-    unsigned kept;
-    const Values<A> y =
-        activate<T, kSmooth>(call.activation, z, static_cast<A>(call.activation_param), &kept);
     if (!kSmooth && call.mask) {
       const unsigned existing = (1u << place.valid) - 1;
-      call.mask[place.mask] = static_cast<std::uint8_t>(kept & existing);
+      call.mask[place.mask] =
+          static_cast<std::uint8_t>(kept_elements<T>(call.activation, z) & existing);
     }
+    const Values<A> y =
+        activate<T, kSmooth>(call.activation, z, static_cast<A>(call.activation_param));
     store<kAccess>(static_cast<T*>(call.y) + place.offset, narrow<T>(y), place.valid,
                    a_.geometry.stream_stores);
   }

@@ -87,26 +87,37 @@ inline void check_poisoned_gradient(const Case& c, Data& data, std::int64_t at, 
   expect_same_elsewhere(c, c.channel_of(at), before, after);
 }
 
-// A channel of equal values: its mean is that value, its variance 0, without any error.
+// dz of dy = 1 at a kink, as torch has it: neither relu nor relu6 keeps its bounds.
+inline double derivative_at_kink(Activation activation) {
+  return activation == Activation::kLeakyRelu ? parameter_of(activation) : 0;
+}
+
+// A channel of equal values: its mean is that value, its variance 0, without any error. So z is
+// exactly the bias, and the piecewise-linear activations are asked for their bounds.
 inline void check_constant_channel(const Case& c, Data& data, std::int64_t channel, double value) {
-  for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
-    if (c.channel_of(i) == channel) data.x.put(i, value);
-  }
-  const Training got = train(c, data);
-  std::int64_t first = 0;
-  while (c.channel_of(first) != channel) ++first;
-  expect_near(c, "mean of a constant channel", channel, got.mean[channel], data.x[first], 0);
-  expect_near(c, "invstd of a constant channel", channel, got.invstd[channel], 1 / std::sqrt(kEps),
-              0);
-  if (c.residual) return;
-  const double bias = c.bare ? 0 : data.bias[channel];
-  const double wanted = activate(c.activation, bias, parameter_of(c.activation));
+  const double bias = c.bare || c.activation != Activation::kRelu6 ? 0 : 6;
+  data.bias.put(channel, bias);
   for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
     if (c.channel_of(i) != channel) continue;
-    const double error = 16 * compute_unit(c.problem.dtype) * (1 + std::fabs(bias)) +
-                         rounding(c.problem.dtype, wanted);
-    if (!expect_near(c, "y of a constant channel", i, got.y[i], wanted, error)) return;
+    data.x.put(i, value);
+    data.residual.put(i, 0);
+    data.dy.put(i, 1);
   }
+  const Training got = train(c, data);
+  const Gradients gradients = differentiate(c, data, got);
+  double mean = 0;
+  bool is_exact = true;
+  for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
+    if (c.channel_of(i) != channel) continue;
+    mean = data.x[i];
+    is_exact &= got.y[i] == bias;
+    if (!is_piecewise_linear(c.activation)) continue;
+    is_exact &= gradients.dresidual[i] == derivative_at_kink(c.activation);
+  }
+  expect_near(c, "mean of a constant channel", channel, got.mean[channel], mean, 0);
+  expect_near(c, "invstd of a constant channel", channel, got.invstd[channel], 1 / std::sqrt(kEps),
+              0);
+  expect(c, is_exact, "a constant channel is the bias, and dropped at a bound");
 }
 
 // Which of them are checked, and where, is drawn.
