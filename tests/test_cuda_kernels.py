@@ -11,7 +11,10 @@ import os
 
 import pytest
 from emulation.build import Missing, require_everything
+from emulation.coverage import REQUIRED, measure, summary
 from emulation.kernels import Part, checks_done, program, run_side_by_side
+from emulation.mistakes import MISTAKES
+from emulation.mutants import planted
 
 try:
     require_everything()
@@ -41,3 +44,14 @@ def test_accesses() -> None:
 def test_races() -> None:
     """ThreadSanitizer."""
     assert checks_done(run_side_by_side(program("tsan"), turn_of(36))) > 50_000
+
+
+def test_coverage() -> None:
+    assert summary(measure()) >= REQUIRED
+
+
+def test_mistakes_can_be_planted() -> None:
+    """`make mutants` takes minutes; here, that the sources still have what it replaces."""
+    assert len({mistake.what for mistake in MISTAKES}) == len(MISTAKES)
+    for mistake in MISTAKES:
+        planted(mistake)

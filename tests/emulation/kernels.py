@@ -22,6 +22,7 @@ SOURCES = [
 # The first report of a sanitizer ends the program.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
+Result = subprocess.CompletedProcess[str]
 # A part of the cases, "every n-th from the k-th on".
 Part = tuple[int, int]
 
@@ -32,7 +33,7 @@ def program(flavour: str) -> Path:
     return build(flavour, SOURCES, CACHE / flavour / "check_kernels")
 
 
-def run(path: Path, part: Part, *more: str, timeout: float = 600) -> subprocess.CompletedProcess:
+def run(path: Path, part: Part, *more: str, timeout: float = 600) -> Result:
     """One part of the cases. `more`: seed and dtype."""
     return subprocess.run(
         [str(path), "{}/{}".format(*part), *more],
@@ -43,7 +44,7 @@ def run(path: Path, part: Part, *more: str, timeout: float = 600) -> subprocess.
     )
 
 
-def run_side_by_side(path: Path, part: Part, *more: str) -> list[subprocess.CompletedProcess]:
+def run_side_by_side(path: Path, part: Part, *more: str) -> list[Result]:
     """The same, on as many processors as there may be compilers."""
     k, n = part
     parts = [(k + n * i, n * jobs()) for i in range(jobs())]
@@ -51,7 +52,7 @@ def run_side_by_side(path: Path, part: Part, *more: str) -> list[subprocess.Comp
         return list(pool.map(lambda each: run(path, each, *more), parts))
 
 
-def checks_done(results: Sequence[subprocess.CompletedProcess]) -> int:
+def checks_done(results: Sequence[Result]) -> int:
     """How many checks there were. Raises AssertionError, with what was printed, if any failed."""
     total = 0
     for result in results:
