@@ -1,4 +1,7 @@
-"""The command line: run, compare, plot, env, demo, micro. torch is loaded by the commands only."""
+"""The command line: run, compare, plot, env, demo, micro, predict.
+
+torch is loaded by the commands only.
+"""
 
 from __future__ import annotations
 
@@ -217,3 +220,19 @@ def micro(
     from benchmarks import micro as measurements
 
     measurements.run(output, budget)
+
+
+@app.command()
+def predict(
+    batch: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: Annotated[str, typer.Option(help=", ".join(shapes.DTYPES))] = "bfloat16",
+    device: Annotated[str, typer.Option(help="a name that the command plan knows")] = "h200",
+) -> None:
+    """Print what the CUDA plans of ResNet-50 would move, and how long at a copy's rate."""
+    _require_extension()
+    from benchmarks import predict as predictions
+
+    try:
+        print(predictions.report(dtype, batch, device))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error

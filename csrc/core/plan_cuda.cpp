@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 namespace batchnorm {
 namespace {
@@ -14,11 +15,29 @@ constexpr int kBlocksPerMultiprocessor = 2;
 // A row of fewer bytes wastes part of each memory access: device memory is filled in pieces of 64
 // bytes, and neighbouring units are rarely at work at the same time.
 constexpr std::int64_t kRowBytes = 256;
-// Widths to choose from for a group of channels that lie side by side, widest first.
-constexpr std::array<std::int64_t, 3> kGroupBytes = {256, 128, 64};
-// A further block should have at least so many cells for each thread: its start, its barrier and
-// the exchange take about as long as reading them.
-constexpr std::int64_t kCellsPerThread = 4;
+// Where few images make small units, so many of them are kept before they are joined: one for each
+// multiprocessor of a large device.
+constexpr std::int64_t kFewestUnits = 128;
+// Widths to choose from for a group of channels that lie side by side, widest first, and percent of
+// the time that the widest takes. Known of one H100 is that 128 bytes cost 6 to 7 percent; 64 are
+// the piece that memory is filled in, so they are put at the double.
+struct Group {
+  std::int64_t bytes, percent;
+};
+constexpr std::array<Group, 3> kGroups = {{{256, 100}, {128, 107}, {64, 115}}};
+// Groups begin at multiples of so many bytes: a sector of a cache line has one owner.
+constexpr std::int64_t kSectorBytes = 32;
+// A further block should have at least so many bytes of each tensor for each thread: its start, its
+// barrier and the exchange take about as long as moving them, 2 us: a full device (264 blocks of
+// 256 threads) reads and writes 64 bytes for each thread in that time at 4.3 TB/s. The grid's
+// barrier takes as long again.
+constexpr std::int64_t kPauseBytes = 64;
+// So many tenths of a full device's blocks move as much as all of them: 64 bytes on their way for
+// each of a block's 256 threads, and 700 ns until they arrive, are 23 GB/s for each block.
+constexpr std::int64_t kSaturatingTenths = 7;
+// So many tenths of the second-level cache are taken to serve a second reading; stores, other
+// tensors and what is held twice (Hopper's cache has two halves) have the rest.
+constexpr std::int64_t kCacheTenths = 6;
 // Blocks for each place on the device where blocks need not meet: enough for an even end.
 constexpr std::int64_t kWavesOfBlocks = 4;
 constexpr std::int64_t kMaxGrid = 2147483647;
@@ -51,13 +70,14 @@ struct Planner {
   }
   std::int64_t places() const { return device.multiprocessors * blocks_per_multiprocessor(); }
 
-  // Slots that fit beside the scratch if so many blocks share a multiprocessor.
-  std::int64_t slots_that_fit(std::int64_t blocks) const {
-    const std::int64_t share = device.shared_per_multiprocessor / blocks - device.reserved_shared;
-    const std::int64_t room = std::min(share, device.shared_per_block) - scratch_bytes();
-    return std::max<std::int64_t>(room / slot_bytes(), 0);
+  // What a block may have of a multiprocessor's shared memory.
+  std::int64_t shared_room() const {
+    const std::int64_t share = device.shared_per_multiprocessor / blocks_per_multiprocessor();
+    return std::min(share - device.reserved_shared, device.shared_per_block);
   }
-  std::int64_t slots() const { return slots_that_fit(blocks_per_multiprocessor()); }
+  std::int64_t slots() const {
+    return std::max<std::int64_t>((shared_room() - scratch_bytes()) / slot_bytes(), 0);
+  }
 
   // The most cells that a thread of a team of so many blocks gets.
   std::int64_t cells(std::int64_t team) const {
@@ -68,26 +88,73 @@ struct Planner {
     const std::int64_t groups = kCudaThreads / divide_up(width, kCellElements);  // of rows
     return divide_up(matrix_rows(p), groups * team);
   }
+  // Cells that a thread moves in the time of a pause.
+  std::int64_t pause() const {
+    return std::max<std::int64_t>(kPauseBytes / (kCellElements * element()), 1);
+  }
   // The largest team whose blocks all have enough to do; more where a block holds less than that.
   std::int64_t useful_team() const {
-    const std::int64_t each = std::clamp<std::int64_t>(slots(), 1, kCellsPerThread);
+    const std::int64_t each = std::clamp<std::int64_t>(slots(), 1, pause());
     return std::max<std::int64_t>(cells(1) / each, 1);
   }
 
-  // Blocks of a team that holds its unit, no more than `most`, so that all units' blocks fill the
-  // device: powers of 2, since other clusters leave multiprocessors idle. 0: it never fits.
-  std::int64_t resident_team(std::int64_t most) const {
-    std::int64_t team = 1;
-    while (team <= most && cells(team) > slots()) team *= 2;
-    if (team > most) return 0;
-    while (2 * team <= std::min(most, useful_team()) && units() * team < places()) team *= 2;
-    return team;
+  // Tenths of the time in which each thread of a full device moves one cell, for blocks of which
+  // each takes the place of another and pauses so often.
+  std::int64_t time_of(std::int64_t blocks, std::int64_t cells_each, std::int64_t pauses) const {
+    const std::int64_t rest = blocks % places();
+    const std::int64_t last =
+        rest == 0 ? 0 : std::max(divide_up(10 * rest, places()), kSaturatingTenths);
+    return (10 * (blocks / places()) + last) * cells_each +
+           10 * divide_up(blocks, places()) * pauses * pause();
+  }
+
+  // A way to work on units that stay on the chip. team 0: there is none.
+  struct Way {
+    Strategy strategy;
+    std::int64_t team, time;
+  };
+
+  // Blocks that meet without the grid: the fastest team that holds its unit, of a power of 2, since
+  // other clusters leave multiprocessors idle.
+  Way apart() const {
+    Way best = {Strategy::kBlock, 0, 0};
+    if (!may_stay_apart()) return best;
+    const std::int64_t held = slots(), useful = useful_team();
+    for (std::int64_t team = 1; team <= device.max_cluster; team *= 2) {
+      const std::int64_t each = cells(team);
+      if (each > held) continue;
+      if (best.team > 0 && team > useful) break;
+      const std::int64_t time = time_of(units() * team, each, 1);
+      if (best.team > 0 && time >= best.time) continue;
+      best = {team == 1 ? Strategy::kBlock : Strategy::kCluster, team, time};
+    }
+    return best;
   }
 
   // How many units the whole device holds at once.
   std::int64_t grid_units() const {
     const std::int64_t teams_of = divide_up(cells(1), std::max<std::int64_t>(slots(), 1));
     return std::min(places() / std::max<std::int64_t>(teams_of, 1), units());
+  }
+  // Waves of equal size: how many units of `at_once` are in each.
+  std::int64_t even_wave(std::int64_t at_once) const {
+    return divide_up(units(), divide_up(units(), at_once));
+  }
+  Way together() const {
+    const std::int64_t held = device.cooperative ? grid_units() : 0;
+    if (held == 0) return {Strategy::kGrid, 0, 0};
+    const std::int64_t at_once = even_wave(held);
+    const std::int64_t team = std::min(useful_team(), places() / at_once);
+    return {Strategy::kGrid, team,
+            divide_up(units(), at_once) * time_of(at_once * team, cells(team), 2)};
+  }
+
+  // The times are rough, and a cooperative launch keeps others off the device: together only where
+  // that saves a fifth.
+  Way resident() const {
+    const Way first = apart(), second = together();
+    if (first.team == 0) return second;
+    return second.team > 0 && 5 * second.time < 4 * first.time ? second : first;
   }
 
   void choose_mapping() {
@@ -99,37 +166,47 @@ struct Planner {
       }
       return;
     }
-    if (forced.unit_channels > 0) {
-      unit_channels = std::min({round_up(forced.unit_channels, kCellElements), p.c,
-                                std::int64_t{kCudaThreads} * kCellElements});
+    if (forced.unit_channels <= 0) {
+      unit_channels = group_of_channels();
       return;
     }
-    unit_channels = group_of_channels();
+    unit_channels = std::min({round_up(forced.unit_channels, kCellElements), p.c,
+                              std::int64_t{kCudaThreads} * kCellElements});
+    while (scratch_bytes() > shared_room()) {
+      unit_channels = round_up(unit_channels / 2, kCellElements);
+    }
   }
 
-  // Channels-last: as wide as can be while a unit stays on the chip, for fewer and longer accesses.
+  // Whether the second-level cache keeps what a unit leaves beside all blocks' shared memory.
+  bool is_cached() const {
+    const std::int64_t left = std::max<std::int64_t>(cells(places()) - slots(), 0);
+    return left * places() * slot_bytes() <= device.l2 * kCacheTenths / 10;
+  }
+
+  // No wider than asked for; groups of about one size, since the narrowest would be the slowest.
+  std::int64_t group_of(std::int64_t bytes) const {
+    const std::int64_t widest = std::max(bytes / element(), std::int64_t{kCellElements});
+    const std::int64_t step = std::max(kSectorBytes / element(), std::int64_t{kCellElements});
+    return std::min(round_up(divide_up(p.c, divide_up(p.c, widest)), step), p.c);
+  }
+
+  // Channels-last: the fastest of the groups that stay in shared memory, else the widest that stays
+  // on the chip with the cache's help, else the widest.
   std::int64_t group_of_channels() {
-    const auto width = [&](std::int64_t bytes) {
-      return std::min(std::max<std::int64_t>(bytes / element(), kCellElements), p.c);
-    };
-    if (!request.reduces) return width(kGroupBytes.front());
-    const std::int64_t most = device.max_cluster;
-    for (const bool whole_grid : {false, true}) {
-      for (const std::int64_t bytes : kGroupBytes) {
-        unit_channels = width(bytes);
-        const std::int64_t team = resident_team(most);
-        if (!whole_grid && team > 0 && units() * team >= device.multiprocessors) {
-          return unit_channels;
-        }
-        if (whole_grid && device.cooperative && grid_units() > 0) return unit_channels;
-      }
+    const std::int64_t widest = group_of(kGroups.front().bytes);
+    if (!request.reduces) return widest;
+    std::int64_t best = 0, best_time = 0, cached = 0;
+    for (const Group& group : kGroups) {
+      unit_channels = group_of(group.bytes);
+      if (cached == 0 && device.cooperative && is_cached()) cached = unit_channels;
+      const Way way = resident();
+      const std::int64_t time = way.time * group.percent;
+      if (way.team == 0 || (best > 0 && time >= best_time)) continue;
+      best = unit_channels;
+      best_time = time;
     }
-    // It does not fit at all, or fits into a few blocks however it is cut.
-    for (const std::int64_t bytes : {kGroupBytes.back(), kGroupBytes.front()}) {
-      unit_channels = width(bytes);
-      if (resident_team(most) > 0) return unit_channels;
-    }
-    return unit_channels;
+    if (best > 0) return best;
+    return cached > 0 ? cached : widest;
   }
 
   // With a cumulative average the blocks that write running statistics read the counter before one
@@ -138,9 +215,9 @@ struct Planner {
 
   Strategy choose_strategy(std::int64_t* team) const {
     if (!request.reduces) return Strategy::kSinglePass;
-    *team = may_stay_apart() ? resident_team(device.max_cluster) : 0;
-    if (*team == 1) return Strategy::kBlock;
-    if (*team > 1) return Strategy::kCluster;
+    const Way way = resident();
+    *team = std::max<std::int64_t>(way.team, 1);
+    if (way.team > 0) return way.strategy;
     return device.cooperative ? Strategy::kGrid : Strategy::kTwoKernels;
   }
 
@@ -183,7 +260,7 @@ struct Planner {
   void cut_grid(CudaPlan* plan) const {
     std::int64_t at_once = std::clamp<std::int64_t>(grid_units(), 1, units());
     if (forced.units_at_once > 0) at_once = std::min({forced.units_at_once, units(), places()});
-    at_once = divide_up(units(), divide_up(units(), at_once));
+    at_once = even_wave(at_once);
     const std::int64_t most = places() / at_once;
     const std::int64_t wanted = forced.team > 0 ? forced.team : useful_team();
     plan->units_at_once = at_once;
@@ -254,14 +331,15 @@ struct Planner {
 }  // namespace
 
 std::int64_t expanded_channels(const Problem& p) {
-  if (p.layout != Layout::kChannelsFirst) return 0;
+  if (p.layout != Layout::kChannelsFirst || p.c * p.s % kCellElements != 0) return 0;
+  // Whole cells in each row; a thread at most for each channel, to make its parameters.
   const std::int64_t widest = std::int64_t{kCudaThreads} * kCellElements;
-  std::int64_t found = 0;
-  for (std::int64_t k = 1; k <= p.c && k * p.s <= widest; ++k) {
-    if (p.c % k != 0 || k * p.s % kCellElements != 0) continue;
-    found = k;
-    if (k * p.s * size_of(p.dtype) >= kRowBytes) break;
-  }
+  const std::int64_t step = kCellElements / std::gcd(p.s, std::int64_t{kCellElements});
+  const std::int64_t most = std::min({widest / p.s, std::int64_t{kCudaThreads}, p.c}) / step * step;
+  const std::int64_t long_rows = divide_up(kRowBytes, p.s * size_of(p.dtype));
+  // A cell for each thread, as long as units are plenty.
+  const std::int64_t busy = std::min(divide_up(widest, p.n * p.s), p.c / kFewestUnits);
+  const std::int64_t found = std::min(round_up(std::max(long_rows, busy), step), most);
   // One plane alone is not a matrix, unless nothing else could be: it is walked as it lies.
   return found > 1 ? found : 0;
 }

@@ -511,7 +511,7 @@ std::vector<CudaPlanOverride> plans() {
 
 std::vector<Case> all_cases() {
   const std::vector<Size> first = {{2, 3, 16},   {3, 4, 49}, {5, 2, 520}, {17, 8, 4},
-                                   {1, 3, 2055}, {33, 5, 8}, {9, 16, 2}};
+                                   {1, 3, 2055}, {33, 5, 8}, {9, 16, 2},  {40, 24, 9}};
   const std::vector<Size> last = {{7, 8, 1},    {40, 3, 1},  {5, 24, 9}, {3, 65, 5},
                                   {300, 16, 1}, {2, 136, 3}, {11, 17, 2}};
   std::vector<Case> cases;
