@@ -505,6 +505,7 @@ std::vector<CudaPlanOverride> plans() {
           {cluster, -1, 4, 1, 16, 1},
           {grid, -1, 3, -1, -1, 2},
           {grid, scalar, 12, 0, 8, 1},
+          {grid, -1, 6, -1, 136, 1},  // large enough to be shared out
           {two, -1, 2, -1, -1, -1},
           {two, -1, 9, -1, 8, 2}};
 }
