@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchnorm_ext import _C
-from benchmarks import shapes
+from benchmarks import predict, shapes
 
 THREADS, CELL = 256, 8
 LAYOUTS = ("channels_first", "channels_last")
@@ -533,3 +534,27 @@ def test_each_field_alone(field: str, values: list[Any]) -> None:
         for op, layout in itertools.product(OPS, LAYOUTS):
             call = Call(layout, "float32", 32, 96, 49, op, reduces=op != "eval")
             check_forced(call, {field: value})
+
+
+def test_the_pages_tables_are_what_the_command_prints() -> None:
+    """docs/cuda-kernels.md; after a change of the planner: python -m benchmarks predict."""
+    page = (Path(__file__).parents[1] / "docs" / "cuda-kernels.md").read_text(encoding="utf-8")
+    assert page.endswith(predict.report("bfloat16", 128, "h200") + "\n")
+
+
+def test_the_pages_limits_are_those_of_the_plans() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cuda-kernels.md").read_text(encoding="utf-8")
+    for name, device in DEVICES.items():
+        call = Call("channels_first", "bfloat16", 1 << 16, 1024, 4096, "forward", name)
+        plan = call.plan()
+        held = plan["slots"] * THREADS * CELL * 2
+        cluster = f"{8 * held >> 10} KiB" if device["max_cluster"] > 1 else ""
+        cells = [str(plan["blocks"]), f"{held >> 10} KiB", cluster]
+        cells.append(f"{plan['blocks'] * held / 1e6:.1f} MB")
+        row = " | ".join(cells).replace("|  |", "| |")
+        (line,) = (ln for ln in page.lower().splitlines() if ln.startswith(f"| {spaced(name)} |"))
+        assert row.lower() in line, (row, line)
+
+
+def spaced(name: str) -> str:
+    return name.replace("rtx", "rtx ")

@@ -145,8 +145,9 @@ struct Planner {
     if (held == 0) return {Strategy::kGrid, 0, 0};
     const std::int64_t at_once = even_wave(held);
     const std::int64_t team = std::min(useful_team(), places() / at_once);
+    const std::int64_t pauses = shares_out(Strategy::kGrid, team, unit_channels) ? 3 : 2;
     return {Strategy::kGrid, team,
-            divide_up(units(), at_once) * time_of(at_once * team, cells(team), 2)};
+            divide_up(units(), at_once) * time_of(at_once * team, cells(team), pauses)};
   }
 
   // The times are rough, and a cooperative launch keeps others off the device: together only where

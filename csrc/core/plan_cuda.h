@@ -125,6 +125,16 @@ BATCHNORM_HOST_DEVICE inline CudaScratch cuda_scratch(const Problem& p, Mapping 
           static_cast<int>(kFinalValues * unit_channels)};
 }
 
+// Whether the blocks of a team share out the unit's channels, each sums up its own and they meet
+// once more, before all read the totals. Else each block reads all partial results. More than 2
+// loads for each of its threads take as long as a barrier: 512 are 50 KB, since each is of 3 values
+// in a piece of 32 bytes, at the 20 bytes per nanosecond that a block has of 5 TB/s.
+constexpr std::int64_t kPartialsForEach = 2 * kCudaThreads;
+BATCHNORM_HOST_DEVICE constexpr bool shares_out(Strategy strategy, std::int64_t team,
+                                                std::int64_t unit_channels) {
+  return strategy == Strategy::kGrid && team * unit_channels > kPartialsForEach;
+}
+
 CudaPlan plan_cuda(const CudaRequest& request, const DeviceLimits& device,
                    const CudaPlanOverride& forced = {});
 

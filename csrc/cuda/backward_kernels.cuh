@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
     if (active) gradients.prepare();
     __syncthreads();
     if (active && a.reduce) gradients.reduce(exchange.mine(unit.rank));
-    if (a.reduce) meet(g.strategy);
+    if (a.reduce) exchange.template meet<GradientSums>(unit, active, gradients.scratch());
     if (active && a.apply && a.call.reduces()) {
       exchange.template gather<GradientSums>(
           unit, [&](int channel, const Partial<A, 1>& total) { gradients.finish(channel, total); });

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
     Forward<T, kMapping, kAccess, kSmooth> forward(a, unit, dynamic_shared<char>());
     const Exchange<A> exchange(g, forward.scratch(), static_cast<A*>(a.workspace), wave);
     if (active && a.reduce) forward.reduce(exchange.mine(unit.rank));
-    if (a.reduce) meet(g.strategy);
+    if (a.reduce) exchange.template meet<Moments>(unit, active, forward.scratch());
     if (a.reduce && wave == 0 && blockIdx.x == 0 && threadIdx.x == 0 && a.call.num_batches_tracked)
       ++*a.call.num_batches_tracked;
     if (active && a.apply && a.training) {

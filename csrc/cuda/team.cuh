@@ -63,20 +63,24 @@ __device__ Partial<A, 1> read_partial(const volatile A* from) {
   return partial;
 }
 
-// All threads' sums of the one channel -> to[kPartialValues].
-template <typename Rule, typename A, Access kAccess>
-__device__ void reduce_block(const PlanesWalk<kAccess>&, Partial<A, 1> mine,
-                             const Scratch<A>& scratch, A* to) {
+// All threads' sums of one channel -> to[kPartialValues], by way of tree.
+template <typename Rule, typename A>
+__device__ void reduce_threads(Partial<A, 1> mine, A* tree, A* to) {
   constexpr int kWarps = kCudaThreads / 32;
   merge_lanes<Rule>(&mine, 32);
   const int warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) write_partial(scratch.tree() + warp * kPartialValues, mine);
+  if (threadIdx.x % 32 == 0) write_partial(tree + warp * kPartialValues, mine);
   __syncthreads();
   if (warp != 0) return;
   Partial<A, 1> of_warp;
-  if (threadIdx.x < kWarps) of_warp = read_partial(scratch.tree() + threadIdx.x * kPartialValues);
+  if (threadIdx.x < kWarps) of_warp = read_partial(tree + threadIdx.x * kPartialValues);
   merge_lanes<Rule>(&of_warp, 32);
   if (threadIdx.x == 0) write_partial(to, of_warp);
+}
+template <typename Rule, typename A, Access kAccess>
+__device__ void reduce_block(const PlanesWalk<kAccess>&, const Partial<A, 1>& mine,
+                             const Scratch<A>& scratch, A* to) {
+  reduce_threads<Rule>(mine, scratch.tree(), to);
 }
 
 // The groups of rows -> group 0's threads, by halves. The tree is [2 lanes][threads].
@@ -171,39 +175,62 @@ class Exchange {
     return read_partial(block + channel * kPartialValues);
   }
 
+  // Between the first pass and the second: every block of the team has its partial results out.
+  template <typename Rule>
+  __device__ void meet(const Unit& unit, bool active, const Scratch<A>& scratch) const {
+    if (g_.strategy == Strategy::kGrid) {
+      grid_barrier();
+      if (!is_shared_out()) return;
+      if (active) sum_up<Rule>(unit, scratch);
+      grid_barrier();
+    } else if (g_.strategy == Strategy::kCluster) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  }
+
   // Calls finish(channel, total) in one thread for each of the unit's channels.
   template <typename Rule, typename Finish>
   __device__ void gather(const Unit& unit, const Finish& finish) const {
-    // Large teams are few, and have few channels: a warp reads what a thread alone would wait for.
-    const int width = g_.team > 8 ? 32 : 1;
+    // Where totals are not there yet, a warp reads what a thread alone would wait for.
+    const int team = is_shared_out() ? 1 : g_.team;
+    const int width = team > 8 ? 32 : 1;
     const int lane = static_cast<int>(threadIdx.x) % width;
     for (int c = static_cast<int>(threadIdx.x) / width; c < unit.channels;
          c += kCudaThreads / width) {
       Partial<A, 1> total;
-      for (int rank = lane; rank < g_.team; rank += width) Rule::merge(&total, of(rank, c));
+      for (int rank = lane; rank < team; rank += width) Rule::merge(&total, of(rank, c));
       merge_lanes<Rule>(&total, width);
       if (lane == 0) finish(c, total);
     }
   }
 
  private:
+  __device__ bool is_shared_out() const {
+    return shares_out(g_.strategy, g_.team, g_.unit_channels);
+  }
+
+  // The totals of the block's share of the channels. Nobody else reads these channels' partial
+  // results, so the totals take the place of the first.
+  template <typename Rule>
+  __device__ void sum_up(const Unit& unit, const Scratch<A>& scratch) const {
+    for (int c = unit.rank; c < unit.channels; c += g_.team) {
+      Partial<A, 1> mine;
+      for (int rank = threadIdx.x; rank < g_.team; rank += kCudaThreads) {
+        Rule::merge(&mine, of(rank, c));
+      }
+      reduce_threads<Rule>(mine, scratch.tree(), team_ + c * kPartialValues);
+      __syncthreads();
+    }
+  }
+
   const Geometry& g_;
   A *shared_, *team_;
   std::int64_t of_block_;
   bool in_memory_;
 };
-
-// Between the first pass and the second: every block of the team has its partial results out.
-__device__ inline void meet(Strategy strategy) {
-  if (strategy == Strategy::kGrid) {
-    grid_barrier();
-  } else if (strategy == Strategy::kCluster) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
-}
 
 // The second pass needs no other block's results any more; here ends the time in which they are
 // read. Between the two a block may do what it likes, except to overwrite or lose its own.

@@ -44,15 +44,29 @@ BARRIERS = [
             "if (walk.cell() == 0) scratch.counts()[0] = mine.count;\n  }\n  __syncthreads();",
             "if (walk.cell() == 0) scratch.counts()[0] = mine.count;\n  }",
         ),
-        ("the grid's barrier is only a block's", "    grid_barrier();", "    __syncthreads();"),
+        (
+            "the grid's barrier is only a block's",
+            "      grid_barrier();\n      if",
+            "      __syncthreads();\n      if",
+        ),
+        (
+            "no barrier before totals are read",
+            "sum_up<Rule>(unit, scratch);\n      grid_barrier();",
+            "sum_up<Rule>(unit, scratch);\n      __syncthreads();",
+        ),
+        (
+            "no barrier before the next channel is summed up",
+            "team_ + c * kPartialValues);\n      __syncthreads();",
+            "team_ + c * kPartialValues);",
+        ),
         (
             "the cluster's barrier is only a block's",
-            "    cluster_arrive();\n    cluster_wait();",
+            "      cluster_arrive();\n      cluster_wait();",
             "    __syncthreads();",
         ),
         (
             "no barrier of the block between the passes",
-            "else {\n    __syncthreads();",
+            "else {\n      __syncthreads();",
             "else {",
         ),
         (
@@ -95,7 +109,6 @@ SUMS = [
         ("Chan's weight has the other's count twice", "into->count * share", "other.count * share"),
         ("Chan's share is that of the other", "other.count / count;", "into->count / count;"),
         ("the count is not merged", "    into->count = count;", ""),
-        ("an empty partial result is not replaced", "into->count == A(0)", "false"),
         (
             "a cell's missing elements are counted",
             "A(kCells * valid)",
@@ -116,7 +129,17 @@ SUMS = [
             "partial->first[0], distance, width",
             "partial->first[0], distance + 1, width",
         ),
-        ("the last block's results are left out", "rank < g_.team;", "rank < g_.team - 1;"),
+        ("the last block's results are left out", "rank < team;", "rank < team - 1;"),
+        (
+            "a total leaves out a block's results",
+            "rank < g_.team; rank += kCudaThreads",
+            "rank < g_.team - 1; rank += kCudaThreads",
+        ),
+        (
+            "every block sums up the same channels",
+            "int c = unit.rank; c < unit.channels",
+            "int c = 0; c < unit.channels",
+        ),
         (
             "a team's results lie in one place",
             "workspace + slot * g.team * of_block",
