@@ -143,6 +143,10 @@ def main() -> None:
     arguments = parser.parse_args()
     k, n = map(int, arguments.part.split("/"))
     chosen = [mistake for mistake in MISTAKES if arguments.only in mistake.what][k % n :: n]
+    try:
+        require_everything()
+    except Missing as error:
+        sys.exit(f"no mistake is planted: {error}")
     verdicts = judge_all(chosen)
     found = sum(verdict.is_found for verdict in verdicts)
     print(f"killed {found} of {len(verdicts)}")
