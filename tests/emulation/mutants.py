@@ -22,11 +22,13 @@ from pathlib import Path
 from emulation.build import (
     CACHE,
     CompileError,
+    Missing,
     Task,
     compile_one,
     dependencies,
     jobs,
     link,
+    require_everything,
     tasks_of,
 )
 from emulation.kernels import CSRC, SOURCES, Part, program, run
