@@ -11,8 +11,8 @@ import resources
 from resources import Resources
 
 #: Kernels that may spill, by their names: so many bytes a thread, on other devices than sm_90. With
-#: columns a thread has eight channels' values in its 128 registers; half of them would mean that one
-#: block less fits, which costs more than a few words of the first-level cache.
+#: columns a thread has eight channels' values in its 128 registers. More registers would mean one
+#: block less on a multiprocessor, and cost more than a few words from the first-level cache do.
 SPILLS = {r"_kernel<(float|BFloat16|Half), Mapping=1,": 40}
 
 LOG = """ptxas info    : 0 bytes gmem
