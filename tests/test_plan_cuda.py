@@ -170,7 +170,7 @@ def shared_bytes(call: Call, plan: _C.CudaPlan) -> int:
     planes = plan["mapping"] == "planes"
     writers = max(unit_of(call, plan, plan["unit_channels"]).cells, THREADS // 2)
     tree = 2 * (1 if planes else CELL) * (THREADS // 2 if planes else writers)
-    values = tree + (3 + 5) * plan["unit_channels"] + THREADS
+    values = tree + (3 + 5) * plan["unit_channels"] + THREADS // 2
     return slots + values * (8 if call.dtype == "float64" else 4)
 
 

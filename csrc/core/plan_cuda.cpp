@@ -243,9 +243,10 @@ struct Planner {
     return request.aligned && row % kCellElements == 0;
   }
 
-  // Blocks that fill the device where nothing stays on the chip.
+  // Blocks that fill the device where nothing stays on the chip. Rounded down: a few blocks more
+  // would have a turn of their own.
   std::int64_t spread_team() const {
-    const std::int64_t wanted = divide_up(kWavesOfBlocks * places(), units());
+    const std::int64_t wanted = kWavesOfBlocks * places() / units();
     return std::clamp<std::int64_t>(wanted, 1, useful_team());
   }
 
