@@ -7,6 +7,7 @@
 # PYTHON=python3.12    the Python that .venv is made with
 # TORCH_SPEC=...       the torch to install where the environment has none
 # TORCH_INDEX_URL=...  a package index to look for it in, besides pip's own
+# BATCHNORM_EXT_CUDA=0 no CUDA backend; 1: an error where it cannot be built
 # MAX_JOBS=N           compile N files at once
 # PYTEST_ARGS=...      more arguments for pytest
 
@@ -33,8 +34,8 @@ TORCH_INDEX_URL ?=
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-slow sanitize benchmark benchmark-smoke lint format typecheck \
-        nvcc-check clean
+.PHONY: help build test test-slow test-emulated sanitize benchmark benchmark-smoke lint format typecheck \
+        nvcc-check gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,10 +93,11 @@ $(STAMPS)/dev: pyproject.toml | $(STAMPS)/torch
 
 # ---- build -------------------------------------------------------------------------------------
 
-# One stamp, named after the environment: a build for another one is a build for another torch.
+# One stamp, named after the environment and the backends: a build for another environment is a build
+# for another torch.
 # Folders are prerequisites too, so that a file that was added or removed counts.
-BUILT := build/built-for$(subst /,-,$(VENV))
-$(BUILT): setup.py batchnorm_ext/_version.py $(shell find csrc) \
+BUILT := build/built-for$(subst /,-,$(VENV))$(BATCHNORM_EXT_CUDA:%=-cuda-%)
+$(BUILT): setup.py setup_cuda.py batchnorm_ext/_version.py $(shell find csrc) \
         $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py) | $(STAMPS)/torch
 	@mkdir -p $(@D) && rm -f $(@D)/built-for*
 	$(PY) setup.py build_ext --inplace
@@ -114,6 +116,13 @@ test: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## every test but the slow ones
 test-slow: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## the slow tests: about 10 GB of memory
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
+# Without the sizes that take the emulation a minute each.
+EMULATED := ops layouts forward backward autograd modules semantics numerics determinism errors \
+            convert torch_module_db cuda_plans
+test-emulated: $(BUILT) $(STAMPS)/test  ## the tests on the CUDA kernels, on the emulated device
+	BATCHNORM_EXT_EMULATED_CUDA=1 $(PY) -m pytest $(EMULATED:%=tests/test_%.py) \
+	    --deselect tests/test_numerics.py::test_extreme_sizes $(PYTEST_ARGS)
+
 sanitize: $(BUILT) $(STAMPS)/test  ## the CPU kernels under AddressSanitizer and UBSan
 	$(PY) -m pytest tests/test_sanitizers.py $(PYTEST_ARGS)
 
@@ -123,6 +132,11 @@ benchmark: $(BUILT) $(STAMPS)/bench  ## the quick benchmark, then training on re
 
 benchmark-smoke: $(BUILT) $(STAMPS)/bench  ## the smallest run that exercises the benchmarks
 	$(PY) -m benchmarks run --preset smoke
+
+# With the python3 and the torch of that machine: $(VENV) is not touched.
+OUT ?= build/gpu-check
+gpu-check:  ## on a machine with a GPU: build, tests and benchmark there, output in OUT=folder
+	PATH="$${PATH#$(VENV)/bin:}" bash .ci/gpu-check '$(OUT)'
 
 # ---- check -------------------------------------------------------------------------------------
 
@@ -139,14 +153,9 @@ format: $(STAMPS)/dev  ## ruff and clang-format, changing files
 typecheck: $(STAMPS)/dev  ## mypy
 	$(PY) -m mypy
 
-# csrc/core is compiled by both compilers, as C++17 by nvcc.
-nvcc-check:  ## csrc/core under nvcc, where there is one
-	@if ! command -v nvcc >/dev/null; then echo '*** SKIPPED: no nvcc, csrc/core not checked'; exit 0; fi; \
-	for file in $$(find csrc/core -name '*.h' -o -name '*.cpp'); do \
-	    echo "nvcc $$file"; \
-	    nvcc -std=c++17 -Werror all-warnings -I csrc -include "$${file#csrc/}" -x cu -c -o /dev/null \
-	        /dev/null; \
-	done
+# csrc/core and csrc/cuda as C++17 for every architecture; tests/test_resources.py reads the table.
+nvcc-check: $(STAMPS)/torch  ## the CUDA kernels under nvcc, warnings as errors, where there is one
+	$(PY) tests/resources.py
 
 clean:  ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info batchnorm_ext/_C*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache

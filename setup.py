@@ -1,6 +1,6 @@
 """Builds `batchnorm_ext._C` from csrc/; what is not about compiling is in pyproject.toml.
 
-BATCHNORM_EXT_CUDA=auto|0|1  which backends to build, see `build_cuda`
+BATCHNORM_EXT_CUDA=auto|0|1  which backends to build, see setup_cuda.py
 MAX_JOBS=N                   compile N files at once (torch's build step reads it)
 """
 
@@ -17,10 +17,14 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
-BACKENDS = ("core", "cpu", "bindings")
+FOLDERS = ("core", "cpu", "bindings")
+
+sys.path.insert(0, str(ROOT))  # a build by pip starts without it
+import setup_cuda  # noqa: E402
 
 try:
     import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "torch":
@@ -41,18 +45,6 @@ def package_version() -> str:
     return match.group(1)
 
 
-def build_cuda(setting: str) -> bool:
-    """Whether to build the CUDA backend, from the value of BATCHNORM_EXT_CUDA."""
-    if setting not in ("auto", "0", "1"):
-        sys.exit(f"batchnorm_ext: BATCHNORM_EXT_CUDA={setting} is not one of auto, 0, 1")
-    if setting == "1":
-        sys.exit(
-            f"batchnorm_ext: BATCHNORM_EXT_CUDA=1, but version {package_version()} has no CUDA "
-            "kernels; unset it or set it to 0 for the CPU backend"
-        )
-    return False
-
-
 def check_platform() -> None:
     """One sentence where the build cannot work, instead of a page of compiler output."""
     if sys.platform != "linux":
@@ -67,19 +59,22 @@ def check_platform() -> None:
         sys.exit(f"batchnorm_ext: no Python.h in {headers}; on Debian: apt-get install python3-dev")
 
 
-def sources() -> list[str]:
-    """Every .cpp of the backends, relative to the root, in an order that never changes.
+def sources(cuda: bool) -> list[str]:
+    """Every source of the backends, relative to the root, in an order that never changes.
 
-    The vector kernels compile longest: they go first, so that no core waits for another's.
+    The kernels compile longest: they go first, so that no core waits for another's.
     """
-    found = (path for part in BACKENDS for path in (ROOT / "csrc" / part).rglob("*.cpp"))
+    found = [path for part in FOLDERS for path in (ROOT / "csrc" / part).rglob("*.cpp")]
+    if cuda:
+        found += (ROOT / "csrc" / "cuda").rglob("*.cu")
+    else:
+        found.remove(ROOT / "csrc" / "bindings" / "ops_cuda.cpp")
     names = sorted(path.relative_to(ROOT).as_posix() for path in found)
-    names.remove("csrc/bindings/ops_cuda.cpp")
     return sorted(names, key=lambda name: "/kernels_" not in name)
 
 
 def extension() -> Any:
-    """The extension module `batchnorm_ext._C`.
+    """The extension module `batchnorm_ext._C`, with the CPU backend.
 
     No -march and no -std: the kernels choose the instruction set at run time, and torch's build
     step adds the C++ standard its own headers need (C++17 up to 2.11, C++20 in 2.13).
@@ -89,44 +84,78 @@ def extension() -> Any:
     system_includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     ext = CppExtension(
         name="batchnorm_ext._C",
-        sources=sources(),
+        sources=sources(cuda=False),
         define_macros=[
             ("BATCHNORM_EXT_VERSION", f'"{package_version()}"'),
             ("BATCHNORM_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
         ],
-        extra_compile_args=[
-            "-O3",
-            "-g0",
-            "-fopenmp",
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Werror=return-type",
-            *system_includes,
-        ],
+        extra_compile_args={
+            "cxx": [
+                "-O3",
+                "-g0",
+                "-fopenmp",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Werror=return-type",
+                *system_includes,
+            ]
+        },
         extra_link_args=["-fopenmp"],
     )
     ext.include_dirs = [str(ROOT / "csrc")]
     return ext
 
 
+def add_cuda(ext: Any, toolkit: setup_cuda.Toolkit, architectures: str) -> None:
+    """Adds the CUDA backend.
+
+    The kernels know nothing of torch, so nvcc gets none of its headers: a file takes seconds.
+    """
+    # torch looks for nvcc in CUDA_HOME and the usual places only, and for architectures it asks the
+    # visible GPUs, even where there are none.
+    cpp_extension.CUDA_HOME = str(toolkit.home)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    ext.sources = sources(cuda=True)
+    ext.define_macros += [
+        ("BATCHNORM_EXT_CUDA", f'"{toolkit}"'),
+        ("BATCHNORM_EXT_CUDA_ARCHITECTURES", f'"{architectures}"'),
+    ]
+    ext.extra_compile_args["cxx"] += ["-isystem", str(toolkit.home / "include")]
+    ext.extra_compile_args["nvcc"] = [
+        *setup_cuda.NVCC_FLAGS,
+        "-Xptxas=-warn-spills",
+        "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra",
+    ]
+    ext.libraries += ["c10_cuda", "torch_cuda"]
+    ext.extra_link_args += setup_cuda.runtime_library(toolkit)
+
+
 def main() -> None:
     setting = os.environ.get("BATCHNORM_EXT_CUDA", "auto")
-    backends = "CPU and CUDA" if build_cuda(setting) else "CPU"
+    toolkit = setup_cuda.find_toolkit() if setting != "0" else None
+    backends, ext = "CPU", extension()
+    try:
+        without = setup_cuda.decide(setting, torch.__version__, torch.version.cuda, toolkit)
+        if toolkit and not without:
+            gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+            architectures = setup_cuda.architectures(os.environ, list(gpus), toolkit)
+            add_cuda(ext, toolkit, architectures)
+            backends = f"CPU and CUDA {toolkit} ({architectures})"
+    except setup_cuda.Refused as refusal:
+        sys.exit(f"batchnorm_ext: {refusal}")
     check_platform()
     # A ninja installed beside this Python counts, also where its environment is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     if "build_ext" in sys.argv or "bdist_wheel" in sys.argv:
+        why = f": {without}" if without and setting == "auto" else ""
         print(
             f"batchnorm_ext {package_version()}: {backends} backend for torch {torch.__version__} "
-            f"(BATCHNORM_EXT_CUDA={setting})"
+            f"(BATCHNORM_EXT_CUDA={setting}{why})"
         )
-    setup(
-        ext_modules=[extension()],
-        cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
-    )
+    setup(ext_modules=[ext], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
 
 
 if __name__ == "__main__":

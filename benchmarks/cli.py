@@ -185,6 +185,17 @@ def plot(
 
 
 @app.command()
+def kernels() -> None:
+    """Show which CUDA kernels each candidate runs."""
+    _require_extension()
+    _require_device("cuda")
+    from benchmarks import kernels as profiling
+    from benchmarks import report
+
+    report.make_console().print(profiling.table(profiling.run()))
+
+
+@app.command()
 def env() -> None:
     """Show what a result file records about this machine, and torch's own report."""
     _require_extension()

@@ -1,4 +1,8 @@
-"""What all tests share: threads, hypothesis' profile, a clean plan after each test."""
+"""What all tests share: threads, hypothesis' profile, a clean plan after each test.
+
+BATCHNORM_EXT_EMULATED_CUDA=1 runs the tests on the CUDA kernels, on the emulated device, instead of
+the CPU's (`make test-emulated`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulation.build import CompileError, Missing
+from emulation.operators import use_emulated_cuda
 from hypothesis import HealthCheck, settings
 
 # The same examples on every run, and no deadline on a machine that others use too.
@@ -26,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if "TORCH_TRACE" not in os.environ:
         # The compiler's structured trace has no readable text; it would bury a failure's own.
         logging.getLogger("torch.__trace").addFilter(lambda record: False)
+    if os.environ.get("BATCHNORM_EXT_EMULATED_CUDA") == "1":
+        try:
+            use_emulated_cuda()
+        except (Missing, CompileError) as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(autouse=True)

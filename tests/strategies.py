@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ from batchnorm_ext import _C, functional, reference
 #: Where cases have their tensors. BATCHNORM_EXT_TEST_DEVICE=cuda runs the tests that are made of
 #: cases on a GPU.
 DEVICE = torch.device(os.environ.get("BATCHNORM_EXT_TEST_DEVICE", "cpu"))
+#: The emulated CUDA device, where tests/conftest.py put it behind the operators for CPU tensors.
+EMULATED: Any = sys.modules.get("torch_emulated")
+EMULATED_DEVICES = ("hopper", "ampere", "turing") if EMULATED else ("as it is",)
+HAS_CUDA_KERNELS = EMULATED is not None or DEVICE.type == "cuda"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -138,6 +143,29 @@ def forced_plan(**fields: Any) -> Iterator[None]:
         yield
     finally:
         _C.force_plan()
+
+
+@contextmanager
+def forced_cuda_plan(**fields: Any) -> Iterator[None]:
+    """The CUDA plan's fields for the calls inside."""
+    _C.force_cuda_plan(**fields)
+    try:
+        yield
+    finally:
+        _C.force_cuda_plan()
+
+
+@contextmanager
+def emulated_device(name: str) -> Iterator[None]:
+    """One of EMULATED_DEVICES for the calls inside; a real device stays what it is."""
+    if EMULATED is None:
+        yield
+        return
+    EMULATED.set_device(name)
+    try:
+        yield
+    finally:
+        EMULATED.set_device("hopper")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 import batchnorm_ext
+import setup_cuda
 from batchnorm_ext import _C, __main__
+from setup_cuda import Toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,15 +52,129 @@ def test_without_torch_setup_names_the_command() -> None:
     assert "pip install --no-build-isolation ." in refusal(run("-c", code))
 
 
-def test_cuda_is_refused_while_there_are_no_kernels() -> None:
-    result = run("setup.py", "build_ext", "--dry-run", BATCHNORM_EXT_CUDA="1")
-    assert "has no CUDA kernels" in refusal(result)
-    assert "Building" not in result.stdout and "running" not in result.stdout
-
-
 def test_an_unknown_cuda_setting_is_refused() -> None:
     message = refusal(run("setup.py", "--version", BATCHNORM_EXT_CUDA="yes"))
     assert "BATCHNORM_EXT_CUDA=yes" in message and "auto, 0, 1" in message
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_cuda_is_refused_with_a_torch_that_has_none() -> None:
+    result = run("setup.py", "build_ext", "--dry-run", BATCHNORM_EXT_CUDA="1")
+    assert f"torch {torch.__version__} is a build without CUDA" in refusal(result)
+    assert "Building" not in result.stdout and "running" not in result.stdout
+
+
+NVCC_13 = Toolkit(Path("/opt/cuda"), (13, 0))
+NVCC_12 = Toolkit(Path("/opt/cuda"), (12, 6))
+
+
+@pytest.mark.parametrize(
+    ("setting", "torch_cuda", "toolkit", "outcome"),
+    [
+        # outcome: "" builds with CUDA, otherwise words of the reason; "refused: " with an error
+        ("auto", "13.0", NVCC_13, ""),
+        ("auto", "13.2", NVCC_13, ""),  # the major version has to fit
+        ("auto", "12.8", NVCC_12, ""),
+        ("1", "13.0", NVCC_13, ""),
+        ("0", "13.0", NVCC_13, "not wanted"),
+        ("0", None, None, "not wanted"),
+        ("auto", None, NVCC_13, "torch 2.13.0 is a build without CUDA"),
+        ("auto", "13.0", None, "no nvcc in CUDA_HOME, on PATH"),
+        ("auto", None, None, "without CUDA, and there is no nvcc"),
+        ("auto", "12.8", NVCC_13, "nvcc in /opt/cuda is of CUDA 13.0, torch 2.13.0 of 12.8"),
+        ("1", None, NVCC_13, "refused: BATCHNORM_EXT_CUDA=1, but torch 2.13.0 is a build without"),
+        ("1", "13.0", None, "refused: BATCHNORM_EXT_CUDA=1, but there is no nvcc"),
+        ("1", "12.8", NVCC_13, "refused: BATCHNORM_EXT_CUDA=1, but nvcc in /opt/cuda is of"),
+        ("yes", "13.0", NVCC_13, "refused: BATCHNORM_EXT_CUDA=yes is not one of auto, 0, 1"),
+    ],
+)
+def test_which_backends_are_built(
+    setting: str, torch_cuda: str | None, toolkit: Toolkit | None, outcome: str
+) -> None:
+    try:
+        without = setup_cuda.decide(setting, "2.13.0", torch_cuda, toolkit)
+    except setup_cuda.Refused as refused:
+        without = f"refused: {refused}"
+    assert outcome in without
+    assert bool(without) is bool(outcome)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "toolkit", "built"),
+    [
+        (None, [], NVCC_13, "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
+        (None, [], NVCC_12, "7.5;8.0;8.6;9.0+PTX"),
+        (None, [(9, 0), (8, 0), (9, 0)], NVCC_13, "8.0;9.0"),
+        ("8.9 9.0+PTX", [(7, 5)], NVCC_13, "8.9;9.0+PTX"),
+        ("native", [(7, 5)], NVCC_13, "7.5"),
+        ("", [], NVCC_12, "7.5;8.0;8.6;9.0+PTX"),
+    ],
+)
+def test_which_architectures_are_built(
+    asked: str | None, gpus: list[tuple[int, int]], toolkit: Toolkit, built: str
+) -> None:
+    environment = {} if asked is None else {"TORCH_CUDA_ARCH_LIST": asked}
+    assert setup_cuda.architectures(environment, gpus, toolkit) == built
+
+
+def write_nvcc(folder: Path, version: str, top: Path | None = None) -> Path:
+    """A script that answers what setup_cuda.py asks of nvcc."""
+    folder.mkdir(parents=True)
+    nvcc = folder / "nvcc"
+    nvcc.write_text(
+        f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n"
+        f"echo '#$ TOP={top or folder}/..' >&2\n"
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explicit, real, pip = tmp_path / "explicit", tmp_path / "real", tmp_path / "site-packages"
+    monkeypatch.setattr(setup_cuda, "site_packages", lambda: [pip])
+    monkeypatch.setattr(setup_cuda, "USUAL_PLACE", tmp_path / "usual")
+    nowhere = {"PATH": str(tmp_path)}
+    assert setup_cuda.find_toolkit(nowhere) is None
+    write_nvcc(pip / "nvidia" / "cu13" / "bin", "13.1")
+    assert setup_cuda.find_toolkit(nowhere) == Toolkit(pip / "nvidia" / "cu13", (13, 1))
+    write_nvcc(tmp_path / "usual" / "bin", "12.4")
+    assert setup_cuda.find_toolkit(nowhere) == Toolkit(tmp_path / "usual", (12, 4))
+    # What is on PATH is a script that calls another one.
+    write_nvcc(real / "bin", "13.0")
+    write_nvcc(tmp_path / "scripts", "13.0", top=real / "bin")
+    on_path = {"PATH": f"{tmp_path / 'scripts'}{os.pathsep}{os.environ['PATH']}"}
+    assert setup_cuda.find_toolkit(on_path) == Toolkit(real, (13, 0))
+    write_nvcc(explicit / "bin", "12.8")
+    assert setup_cuda.find_toolkit(on_path | {"CUDA_HOME": str(explicit)}) == Toolkit(
+        explicit, (12, 8)
+    )
+
+
+def test_which_cuda_runtime_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = tmp_path / "site-packages"
+    monkeypatch.setattr(setup_cuda, "site_packages", lambda: [pip])
+    toolkit = Toolkit(tmp_path / "toolkit", (13, 0))
+    with pytest.raises(setup_cuda.Refused, match=r"no libcudart\.so\.13"):
+        setup_cuda.runtime_library(toolkit)
+    libraries = pip / "nvidia" / "cu13" / "lib"
+    libraries.mkdir(parents=True)
+    (libraries / "libcudart_static.a").touch()
+    assert setup_cuda.runtime_library(toolkit)[0] == str(libraries / "libcudart_static.a")
+    (libraries / "libcudart.so.13").touch()  # pip has no libcudart.so
+    assert setup_cuda.runtime_library(toolkit) == [str(libraries / "libcudart.so.13")]
+
+
+def test_the_sources_of_each_build() -> None:
+    names = runpy.run_path(str(ROOT / "setup.py"))["sources"]
+    cpu, both = set(names(cuda=False)), set(names(cuda=True))
+    added = both - cpu
+    assert cpu < both
+    assert "csrc/bindings/ops_cuda.cpp" in added
+    assert {Path(name).suffix for name in cpu} == {".cpp"}
+    assert {Path(name).parent.name for name in added} == {"cuda", "bindings"}
+    # Of a .cpp and a .cu with one stem, the objects would have one name.
+    stems = [Path(name).stem for name in both if Path(name).parent.name in ("cuda", "bindings")]
+    assert len(stems) == len(set(stems))
 
 
 @pytest.mark.parametrize("setting", ["auto", "0"])

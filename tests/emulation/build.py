@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,18 +210,24 @@ def build(
     extra_includes: Sequence[Path | str] = (),
     compile_args: Sequence[str] = (),
     link_args: Sequence[str] = (),
+    compile_args_of: Mapping[Path, Sequence[str]] | None = None,
 ) -> Path:
     """Builds a program, or a library if the output ends in ".so", and returns its path.
 
     The sources (.cpp and .cu) get the flavour's sanitizer. The runtime is added, without one.
-    `defines` are NAME or NAME=VALUE. What has not changed is not compiled again.
+    `defines` are NAME or NAME=VALUE, `compile_args_of` more arguments for some of the sources.
+    What has not changed is not compiled again.
     """
     require_everything()
     output = Path(output).resolve()
     system = [word for path in cuda_includes() for word in ("-isystem", str(path))]
     own = [f"-I{path}" for path in (RUNTIME, ROOT / "csrc", *extra_includes)]
     flags = [*FLAVOURS[flavour], *(f"-D{name}" for name in defines), *compile_args, *own, *system]
-    tasks = [make_task(Path(path).resolve(), CACHE / flavour, flags) for path in sources]
+    more = compile_args_of or {}
+    tasks = [
+        make_task(Path(path).resolve(), CACHE / flavour, [*flags, *more.get(Path(path), ())])
+        for path in sources
+    ]
     runtime_flags = [*RUNTIME_FLAGS, f"-I{RUNTIME}", *system]
     tasks += [
         make_task(path, CACHE / "runtime", runtime_flags) for path in sorted(RUNTIME.glob("*.cpp"))

@@ -1,0 +1,160 @@
+"""What nvcc makes of the CUDA kernels, as a table: registers, spills, shared memory of each.
+
+    python tests/resources.py          # compiles csrc/cuda, warnings as errors; build/resources.csv
+
+`make nvcc-check` calls it and test_resources.py reads the table. A file that has not changed is not
+compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from setup_cuda import NVCC_FLAGS  # noqa: E402
+
+CSRC = ROOT / "csrc"
+TABLE = ROOT / "build" / "resources.csv"
+LOGS = ROOT / "build" / "nvcc"
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+FLAGS = [*NVCC_FLAGS, "-I", str(CSRC), "-Xptxas=-v", "-Werror=all-warnings"]
+FLAGS += ["-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes on one architecture: of a thread, and of a block's memory."""
+
+    architecture: str  # "sm_90"
+    kernel: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    static_shared: int
+
+
+def architecture_flags(architectures: str) -> list[str]:
+    """nvcc's arguments for "7.5;9.0+PTX"."""
+    flags = []
+    for word in architectures.split(";"):
+        number = word.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if word.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def parse(log: str) -> list[Resources]:
+    """The kernels in what ptxas says with -v."""
+    parts = re.split(r"Compiling entry function '(\S+)' for '(\S+)'", log)[1:]
+    return [
+        Resources(
+            architecture,
+            kernel,
+            _number(r"Used (\d+) registers", text),
+            _number(r"(\d+) bytes stack frame", text),
+            _number(r"(\d+) bytes spill stores", text),
+            _number(r"(\d+) bytes spill loads", text),
+            _number(r"(\d+) bytes smem", text),
+        )
+        for kernel, architecture, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    ]
+
+
+def readable(names: Sequence[str]) -> list[str]:
+    """Demangled, where there is a c++filt; the parameters left out, the folders' namespaces too."""
+    program = shutil.which("c++filt")
+    if program is None or not names:
+        return list(names)
+    result = subprocess.run([program], input="\n".join(names), capture_output=True, text=True)
+    short = []
+    for line in result.stdout.splitlines():
+        name = re.sub(r"batchnorm::(cuda::)?|^void ", "", line).rpartition("(")[0] or line
+        short.append(re.sub(r"\((\w+)\)(\d+)", r"\1=\2", name))
+    return short
+
+
+def _newest(paths: Iterable[Path]) -> float:
+    return max(path.stat().st_mtime for path in paths)
+
+
+def compile_one(source: Path, flags: Sequence[str]) -> str:
+    """What nvcc and ptxas say of a file. Raises SystemExit where nvcc refuses it."""
+    log = LOGS / f"{source.stem}.log"
+    command = ["nvcc", *FLAGS, *flags, "-x", "cu", "-c", str(source), "-o", os.devnull]
+    headers = [path for part in ("core", "cuda") for path in (CSRC / part).glob("*.*h")]
+    first_line = " ".join(command)
+    if log.exists() and log.stat().st_mtime > _newest([source, Path(__file__), *headers]):
+        kept, _, rest = log.read_text().partition("\n")
+        if kept == first_line:
+            return rest
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"{first_line}\n{result.stdout}{result.stderr}")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(f"{first_line}\n{result.stderr}")
+    print(f"nvcc {source.relative_to(ROOT)}", flush=True)
+    return result.stderr
+
+
+def write(rows: Sequence[Resources], path: Path) -> None:
+    """The table as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Resources)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read(path: Path) -> list[Resources]:
+    """What `write` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Resources(row[0], row[1], *map(int, row[2:])) for row in list(csv.reader(file))[1:]]
+
+
+def main() -> None:
+    """Compiles every file for all architectures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--architectures", default=ARCHITECTURES)
+    parser.add_argument("--output", type=Path, default=TABLE)
+    arguments = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        print("*** SKIPPED: no nvcc, the CUDA kernels are NOT COMPILED for any GPU")
+        return
+    flags = architecture_flags(arguments.architectures)
+    # The slow ones first. csrc/core is compiled by nvcc, too, since the kernels include it.
+    sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    sources += sorted((CSRC / "core").glob("*.cpp"))
+    jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    with ThreadPoolExecutor(jobs) as pool:
+        logs = list(pool.map(lambda source: compile_one(source, flags), sources))
+    rows = parse("".join(logs))
+    names = readable([row.kernel for row in rows])
+    values = [asdict(row) | {"kernel": name} for row, name in zip(rows, names, strict=True)]
+    write([Resources(**each) for each in values], arguments.output)
+    spills = sum(row.spill_stores + row.spill_loads > 0 for row in rows)
+    most = max((row.registers for row in rows), default=0)
+    print(
+        f"{len(rows)} kernels, at most {most} registers, {spills} with spills: {arguments.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()
