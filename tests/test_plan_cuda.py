@@ -448,7 +448,7 @@ def test_no_second_turn_for_a_few_blocks() -> None:
 
 
 def test_blocks_that_do_not_meet_fill_whole_turns() -> None:
-    """264 blocks are at work at once: a small call has one turn of them, a large one nearly four."""
+    """264 blocks are at work at once: one turn of them for a small call, four for a large one."""
     call = Call("channels_first", "bfloat16", 32, 64, 3136, "eval", reduces=False)
     turns = {n: call._replace(n=n).plan()["blocks"] / 264 for n in (32, 1024)}
     assert 0.9 < turns[32] <= 1
