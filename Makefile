@@ -34,8 +34,8 @@ TORCH_INDEX_URL ?=
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-slow test-emulated sanitize benchmark benchmark-smoke lint format typecheck \
-        nvcc-check gpu-check clean
+.PHONY: help build test test-slow test-emulated emulation mutants sanitize benchmark \
+        benchmark-smoke lint format typecheck nvcc-check gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -122,6 +122,15 @@ EMULATED := ops layouts forward backward autograd modules semantics numerics det
 test-emulated: $(BUILT) $(STAMPS)/test  ## the tests on the CUDA kernels, on the emulated device
 	BATCHNORM_EXT_EMULATED_CUDA=1 $(PY) -m pytest $(EMULATED:%=tests/test_%.py) \
 	    --deselect tests/test_numerics.py::test_extreme_sizes $(PYTEST_ARGS)
+
+emulation: $(STAMPS)/test  ## the CUDA kernels on the emulated device, in every build, and coverage
+	$(PY) -m pytest tests/test_emulation_runtime.py tests/test_cuda_kernels.py \
+	    --deselect tests/test_cuda_kernels.py::test_coverage $(PYTEST_ARGS)
+	cd tests && $(PY) -m emulation.coverage
+
+MUTANTS ?= 0/1
+mutants: $(STAMPS)/test  ## planted mistakes in the CUDA kernels; MUTANTS=k/n takes a part of them
+	cd tests && $(PY) -m emulation.mutants $(MUTANTS)
 
 sanitize: $(BUILT) $(STAMPS)/test  ## the CPU kernels under AddressSanitizer and UBSan
 	$(PY) -m pytest tests/test_sanitizers.py $(PYTEST_ARGS)

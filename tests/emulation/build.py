@@ -202,6 +202,28 @@ def link(objects: Sequence[Path], output: Path, flavour: str, link_args: Sequenc
     stamp.write_text(text)
 
 
+def tasks_of(
+    flavour: str,
+    sources: Sequence[Path | str],
+    csrc: Path,
+    folder: Path,
+    defines: Sequence[str] = (),
+    extra_includes: Sequence[Path | str] = (),
+    compile_args: Sequence[str] = (),
+) -> list[Task]:
+    """What to compile, into `folder`: the sources, with `csrc`'s headers, and the runtime."""
+    require_everything()
+    system = [word for path in cuda_includes() for word in ("-isystem", str(path))]
+    own = [f"-I{path}" for path in (RUNTIME, csrc, *extra_includes)]
+    flags = [*FLAVOURS[flavour], *(f"-D{name}" for name in defines), *compile_args, *own, *system]
+    tasks = [make_task(Path(path).resolve(), folder, flags) for path in sources]
+    runtime_flags = [*RUNTIME_FLAGS, f"-I{RUNTIME}", *system]
+    tasks += [
+        make_task(path, CACHE / "runtime", runtime_flags) for path in sorted(RUNTIME.glob("*.cpp"))
+    ]
+    return tasks
+
+
 def build(
     flavour: str,
     sources: Sequence[Path | str],
@@ -218,20 +240,10 @@ def build(
     `defines` are NAME or NAME=VALUE, `compile_args_of` more arguments for some of the sources.
     What has not changed is not compiled again.
     """
-    require_everything()
     output = Path(output).resolve()
-    system = [word for path in cuda_includes() for word in ("-isystem", str(path))]
-    own = [f"-I{path}" for path in (RUNTIME, ROOT / "csrc", *extra_includes)]
-    flags = [*FLAVOURS[flavour], *(f"-D{name}" for name in defines), *compile_args, *own, *system]
-    more = compile_args_of or {}
-    tasks = [
-        make_task(Path(path).resolve(), CACHE / flavour, [*flags, *more.get(Path(path), ())])
-        for path in sources
-    ]
-    runtime_flags = [*RUNTIME_FLAGS, f"-I{RUNTIME}", *system]
-    tasks += [
-        make_task(path, CACHE / "runtime", runtime_flags) for path in sorted(RUNTIME.glob("*.cpp"))
-    ]
+    tasks = tasks_of(
+        flavour, sources, ROOT / "csrc", CACHE / flavour, defines, extra_includes, compile_args
+    )
     with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(compile_one, tasks))
     link([task.output for task in tasks], output, flavour, link_args)

@@ -12,6 +12,9 @@ namespace {
 // this many threads: more would find no more mistakes, only fall out of the cache.
 constexpr unsigned kConcurrentThreads = 512;
 
+// Threads that are held back get one turn in so many: a thread that polls has to see them move.
+constexpr std::uint64_t kTurnsOfOthers = 256;
+
 // So many atomics in a row without a thread that returns or meets another: nobody will.
 constexpr std::uint64_t kLivelockYields = 1 << 23;
 
@@ -46,6 +49,7 @@ std::size_t Machine::run(const Launch& launch) {
   grid_.size = volume(gridDim) * volume(blockDim);
   grid_.arrived = 0;
   grid_.waiting.clear();
+  choose_whom_to_hold_back();
   Fiber::attach_scheduler();
   started_.release();
   std::exception_ptr failure;
@@ -58,6 +62,28 @@ std::size_t Machine::run(const Launch& launch) {
   ended_.acquire();
   if (failure) std::rethrow_exception(failure);
   return static_shared_used_;
+}
+
+// In two of three launches a block, or a warp of all blocks, falls behind as far as it can:
+// mistakes that need one to be much faster than another are not left to chance.
+void Machine::choose_whom_to_hold_back() {
+  slow_block_ = slow_warp_ = kNone;
+  switch (random_() % 3) {
+    case 0:
+      slow_block_ = static_cast<unsigned>(random_() % gridDim.x);
+      break;
+    case 1:
+      slow_warp_ =
+          static_cast<unsigned>(random_() % ((volume(blockDim) + warpSize - 1) / warpSize));
+      break;
+    default:
+      break;
+  }
+}
+
+void Machine::make_ready(Thread& thread) {
+  const bool is_slow = thread.block->index.x == slow_block_ || thread.rank / warpSize == slow_warp_;
+  (is_slow ? slow_ready_ : ready_).push_back(&thread);
 }
 
 std::vector<uint3> Machine::shuffled_clusters() {
@@ -87,7 +113,7 @@ void Machine::run_clusters() {
       add_cluster(to_come.back());
       to_come.pop_back();
     }
-    if (ready_.empty()) throw Failure(describe_deadlock());
+    if (ready_.empty() && slow_ready_.empty()) throw Failure(describe_deadlock());
     step();
   }
 }
@@ -136,7 +162,7 @@ void Machine::start(Thread& thread) {
   thread.fiber = std::move(free_fibers_.back());
   free_fibers_.pop_back();
   thread.fiber->start(&Machine::thread_main);
-  ready_.push_back(&thread);
+  make_ready(thread);
   ++threads_run_;
 }
 
@@ -160,9 +186,11 @@ void Machine::thread_main() {
 
 // Lets one thread run, any of those that can, until it waits, returns or yields.
 void Machine::step() {
-  std::swap(ready_[random_() % ready_.size()], ready_.back());
-  Thread& thread = *ready_.back();
-  ready_.pop_back();
+  const bool is_others_turn = !slow_ready_.empty() && random_() % kTurnsOfOthers == 0;
+  std::vector<Thread*>& ready = ready_.empty() || is_others_turn ? slow_ready_ : ready_;
+  std::swap(ready[random_() % ready.size()], ready.back());
+  Thread& thread = *ready.back();
+  ready.pop_back();
   current_ = &thread;
   blockIdx = thread.block->index;
   threadIdx = thread_index(thread.rank);
@@ -206,6 +234,7 @@ void Machine::cancel() {
   cancelled_ = false;
   failure_ = nullptr;
   ready_.clear();
+  slow_ready_.clear();
   clusters_.clear();
   live_blocks_ = 0;
 }

@@ -146,6 +146,8 @@ class Machine {
 
  private:
   // machine.cpp: the life of clusters, blocks and threads
+  void choose_whom_to_hold_back();
+  void make_ready(Thread& thread);
   std::vector<uint3> shuffled_clusters();
   void run_clusters();
   void add_cluster(uint3 first);
@@ -172,12 +174,15 @@ class Machine {
                               std::size_t alignment);
   static void retire(SharedObject& object);
 
+  static constexpr unsigned kNone = ~0u;
+
   std::mt19937_64 random_;
   Launch launch_;
   Barrier grid_;
   std::vector<std::unique_ptr<Cluster>> clusters_;  // those that have started and not finished
   std::size_t live_blocks_ = 0;
-  std::vector<Thread*> ready_;
+  std::vector<Thread*> ready_, slow_ready_;
+  unsigned slow_block_ = 0, slow_warp_ = 0;  // who is held back
   std::vector<std::unique_ptr<Fiber>> free_fibers_;
   std::minstd_rand fiber_choice_;  // of its own: the seed alone decides on the order of threads
   Thread* current_ = nullptr;

@@ -82,7 +82,7 @@ std::string Wait::describe() const {
 void Machine::wake(Thread& thread) {
   const Unseen unseen;
   thread.state = Thread::State::kReady;
-  ready_.push_back(&thread);
+  make_ready(thread);
 }
 
 void Machine::arrive_at(Barrier& barrier, Place place) {

@@ -1,0 +1,142 @@
+// What must hold exactly, whatever the numbers are.
+#pragma once
+
+#include <limits>
+
+#include "calls.h"
+#include "formulas.h"
+
+namespace check {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// The order in which threads and blocks run changes no bit.
+inline void check_determinism(const Case& c, const Data& data, std::uint64_t seed) {
+  const Training one = train(c, data);
+  const Gradients of_one = differentiate(c, data, one);
+  emulation::set_seed(~seed);
+  const Training other = train(c, data);
+  expect(c, one.is_same_as(other), "forward_train gives the same bits in every order");
+  expect(c, of_one.is_same_as(differentiate(c, data, other)),
+         "backward gives the same bits in every order");
+}
+
+// What happens in one channel changes no bit of another.
+inline void expect_same_elsewhere(const Case& c, std::int64_t channel, const Training& a,
+                                  const Training& b) {
+  bool same = true;
+  for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
+    if (c.channel_of(i) == channel) continue;
+    same &= a.y.is_same_at(i, b.y) && (!c.masked() || a.kept(c, i) == b.kept(c, i));
+  }
+  for (std::int64_t k = 0; k < c.problem.c; ++k) {
+    if (k == channel) continue;
+    same &= a.mean.is_same_at(k, b.mean) && a.invstd.is_same_at(k, b.invstd) &&
+            a.running_mean.is_same_at(k, b.running_mean) &&
+            a.running_var.is_same_at(k, b.running_var);
+  }
+  expect(c, same, "forward_train keeps channels apart");
+}
+inline void expect_same_elsewhere(const Case& c, std::int64_t channel, const Gradients& a,
+                                  const Gradients& b) {
+  bool same = true;
+  for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
+    if (c.channel_of(i) == channel) continue;
+    same &= a.dx.is_same_at(i, b.dx) && a.dresidual.is_same_at(i, b.dresidual);
+  }
+  for (std::int64_t k = 0; k < c.problem.c; ++k) {
+    if (k == channel) continue;
+    same &= a.dweight.is_same_at(k, b.dweight) && a.dbias.is_same_at(k, b.dbias);
+  }
+  expect(c, same, "backward keeps channels apart");
+}
+
+// nan or an infinity in one element of x: the channel is nan, the others do not change. Gradients
+// of the piecewise-linear activations are torch's: relu and relu6 keep where z is nan, leaky_relu
+// does not.
+inline void check_poisoned_input(const Case& c, Data& data, std::int64_t at, double poison) {
+  const Training before = train(c, data);
+  const Gradients gradients_before = differentiate(c, data, before);
+  data.x.put(at, poison);
+  const Training after = train(c, data);
+  const Gradients gradients = differentiate(c, data, after);
+  const std::int64_t channel = c.channel_of(at);
+  expect_same_elsewhere(c, channel, before, after);
+  expect_same_elsewhere(c, channel, gradients_before, gradients);
+  const double slope = c.activation == Activation::kLeakyRelu ? parameter_of(c.activation) : 1;
+  bool is_nan = !std::isfinite(after.mean[channel]) && std::isnan(after.invstd[channel]);
+  bool is_torchs = true;
+  for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
+    if (c.channel_of(i) != channel) continue;
+    is_nan &= std::isnan(after.y[i]) && std::isnan(gradients.dx[i]);
+    if (!is_piecewise_linear(c.activation)) continue;
+    const double wanted = data.dy[i] * slope;
+    is_torchs &= std::fabs(gradients.dresidual[i] - wanted) <= rounding(c.problem.dtype, wanted);
+  }
+  expect(c, is_nan, "a channel with nan is nan");
+  expect(c, is_torchs, "the gradient where z is nan is torch's");
+}
+
+// The same of dy.
+inline void check_poisoned_gradient(const Case& c, Data& data, std::int64_t at, double poison) {
+  const Training forward = train(c, data);
+  const Gradients before = differentiate(c, data, forward);
+  data.dy.put(at, poison);
+  const Gradients after = differentiate(c, data, forward);
+  expect_same_elsewhere(c, c.channel_of(at), before, after);
+}
+
+// dz of dy = 1 at a kink, as torch has it: neither relu nor relu6 keeps its bounds.
+inline double derivative_at_kink(Activation activation) {
+  return activation == Activation::kLeakyRelu ? parameter_of(activation) : 0;
+}
+
+// A channel of equal values: its mean is that value, its variance 0, without any error. So z is
+// exactly the bias, and the piecewise-linear activations are asked for their bounds.
+inline void check_constant_channel(const Case& c, Data& data, std::int64_t channel, double value) {
+  const double bias = c.bare || c.activation != Activation::kRelu6 ? 0 : 6;
+  data.bias.put(channel, bias);
+  for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
+    if (c.channel_of(i) != channel) continue;
+    data.x.put(i, value);
+    data.residual.put(i, 0);
+    data.dy.put(i, 1);
+  }
+  const Training got = train(c, data);
+  const Gradients gradients = differentiate(c, data, got);
+  double mean = 0;
+  bool is_exact = true;
+  for (std::int64_t i = 0; i < c.problem.numel(); ++i) {
+    if (c.channel_of(i) != channel) continue;
+    mean = data.x[i];
+    is_exact &= got.y[i] == bias;
+    if (!is_piecewise_linear(c.activation)) continue;
+    is_exact &= gradients.dresidual[i] == derivative_at_kink(c.activation);
+  }
+  expect_near(c, "mean of a constant channel", channel, got.mean[channel], mean, 0);
+  expect_near(c, "invstd of a constant channel", channel, got.invstd[channel], 1 / std::sqrt(kEps),
+              0);
+  expect(c, is_exact, "a constant channel is the bias, and dropped at a bound");
+}
+
+// Which of them are checked, and where, is drawn.
+inline void check_properties(const Case& c, Data& data, std::mt19937_64& random,
+                             std::uint64_t seed) {
+  constexpr double kPoisons[] = {kNan, kInfinity, -kInfinity};
+  const auto at =
+      static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(c.problem.numel()));
+  const double poison = kPoisons[random() % 3];
+  switch (random() % 4) {
+    case 0:
+      return check_determinism(c, data, seed);
+    case 1:
+      return check_poisoned_input(c, data, at, poison);
+    case 2:
+      return check_poisoned_gradient(c, data, at, poison);
+    default:
+      return check_constant_channel(c, data, c.channel_of(at), 0.1 * (c.mean + 3));
+  }
+}
+
+}  // namespace check
