@@ -150,7 +150,7 @@ def main() -> None:
     # A ninja installed beside this Python counts, also where its environment is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     if "build_ext" in sys.argv or "bdist_wheel" in sys.argv:
-        why = f": {without}" if without and setting == "auto" else ""
+        why = f", no CUDA: {without}" if without and setting == "auto" else ""
         print(
             f"batchnorm_ext {package_version()}: {backends} backend for torch {torch.__version__} "
             f"(BATCHNORM_EXT_CUDA={setting}{why})"

@@ -86,7 +86,8 @@ def readable(names: Sequence[str]) -> list[str]:
     result = subprocess.run([program], input="\n".join(names), capture_output=True, text=True)
     short = []
     for line in result.stdout.splitlines():
-        name = re.sub(r"batchnorm::(cuda::)?|^void ", "", line).rpartition("(")[0] or line
+        namespaces = r"batchnorm::(cuda::)?|\(anonymous namespace\)::|^void "
+        name = re.sub(namespaces, "", line).rpartition("(")[0] or line
         short.append(re.sub(r"\((\w+)\)(\d+)", r"\1=\2", name))
     return short
 
@@ -139,8 +140,8 @@ def main() -> None:
         print("*** SKIPPED: no nvcc, the CUDA kernels are NOT COMPILED for any GPU")
         return
     flags = architecture_flags(arguments.architectures)
-    # The slow ones first. csrc/core is compiled by nvcc, too, since the kernels include it.
-    sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    # The slow ones first. csrc/core is compiled by nvcc, too: the kernels include it.
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
     sources += sorted((CSRC / "core").glob("*.cpp"))
     jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:

@@ -170,7 +170,7 @@ def shared_bytes(call: Call, plan: _C.CudaPlan) -> int:
     planes = plan["mapping"] == "planes"
     writers = max(unit_of(call, plan, plan["unit_channels"]).cells, THREADS // 2)
     tree = 2 * (1 if planes else CELL) * (THREADS // 2 if planes else writers)
-    values = tree + (3 + 5) * plan["unit_channels"] + THREADS
+    values = tree + (3 + 5) * plan["unit_channels"] + THREADS // 2
     return slots + values * (8 if call.dtype == "float64" else 4)
 
 
@@ -445,6 +445,14 @@ def test_no_second_turn_for_a_few_blocks() -> None:
     """256 blocks that hold more each, rather than 512 on a device for 264."""
     plan = Call("channels_first", "bfloat16", 32, 64, 3136, "forward").plan()
     assert (plan["strategy"], plan["blocks"]) == ("cluster", 256)
+
+
+def test_blocks_that_do_not_meet_fill_whole_turns() -> None:
+    """264 blocks are at work at once: one turn of them for a small call, four for a large one."""
+    call = Call("channels_first", "bfloat16", 32, 64, 3136, "eval", reduces=False)
+    turns = {n: call._replace(n=n).plan()["blocks"] / 264 for n in (32, 1024)}
+    assert 0.9 < turns[32] <= 1
+    assert 3 < turns[1024] <= 4
 
 
 # ---- prescribed fields --------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import pytest
 import resources
 from resources import Resources
 
-#: Kernels that may spill: what their names match, and why.
-SPILLS: dict[str, str] = {}
+#: Kernels that may spill, by their names: so many bytes a thread, on other devices than sm_90. With
+#: columns a thread has eight channels' values in its 128 registers. More registers would mean one
+#: block less on a multiprocessor, and cost more than a few words from the first-level cache do.
+SPILLS = {r"_kernel<(float|BFloat16|Half), Mapping=1,": 40}
 
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN9batchnorm4cuda5firstIfEEvPKf' for 'sm_75'
@@ -40,8 +42,10 @@ def test_what_ptxas_says_is_understood(tmp_path: Path) -> None:
 def test_names_for_people() -> None:
     kernel = "_ZN9batchnorm4cuda14forward_kernelIfLNS_7MappingE1ELNS_6AccessE0ELb1EEEv"
     kernel += "NS0_16ForwardArgumentsE"
-    assert resources.readable([kernel, "second"]) == [
+    inner = "_ZN9batchnorm4cuda12_GLOBAL__N_16kernelENS1_9ArgumentsE"
+    assert resources.readable([kernel, inner, "second"]) == [
         "forward_kernel<float, Mapping=1, Access=0, true>",
+        "kernel",
         "second",
     ]
 
@@ -71,12 +75,15 @@ def test_the_table_is_of_these_kernels(table: list[Resources]) -> None:
     assert len(kernels) >= 60
 
 
+def allowed_to_spill(row: Resources) -> int:
+    if row.architecture == "sm_90":
+        return 0
+    return max((most for name, most in SPILLS.items() if re.search(name, row.kernel)), default=0)
+
+
 def test_no_kernel_spills(table: list[Resources]) -> None:
     spilling = [
-        row
-        for row in table
-        if (row.spill_stores or row.spill_loads)
-        and not any(re.search(pattern, row.kernel) for pattern in SPILLS)
+        row for row in table if max(row.spill_stores, row.spill_loads) > allowed_to_spill(row)
     ]
     assert not spilling, "\n".join(map(str, spilling))
 

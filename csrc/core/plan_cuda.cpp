@@ -38,8 +38,10 @@ constexpr std::int64_t kSaturatingTenths = 7;
 // So many tenths of the second-level cache are taken to serve a second reading; stores, other
 // tensors and what is held twice (Hopper's cache has two halves) have the rest.
 constexpr std::int64_t kCacheTenths = 6;
-// Blocks for each place on the device where blocks need not meet: enough for an even end.
-constexpr std::int64_t kWavesOfBlocks = 4;
+// Blocks for each place on the device where blocks need not meet: enough for an even end. Each
+// should have as many times the cells of a pause, or its start would take a fifth of its time or
+// more.
+constexpr std::int64_t kTurns = 4;
 constexpr std::int64_t kMaxGrid = 2147483647;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -243,10 +245,13 @@ struct Planner {
     return request.aligned && row % kCellElements == 0;
   }
 
-  // Blocks that fill the device where nothing stays on the chip.
+  // Blocks where nothing stays on the chip: so many that the device is full, in several turns where
+  // each block has enough to do that its start does not count. Rounded down, since a few blocks
+  // more would have a turn of their own.
   std::int64_t spread_team() const {
-    const std::int64_t wanted = divide_up(kWavesOfBlocks * places(), units());
-    return std::clamp<std::int64_t>(wanted, 1, useful_team());
+    const std::int64_t full = std::min(places() / units(), useful_team());
+    const std::int64_t turns = std::min(kTurns * places() / units(), cells(1) / (kTurns * pause()));
+    return std::max({full, turns, std::int64_t{1}});
   }
 
   void cut(CudaPlan* plan) const {

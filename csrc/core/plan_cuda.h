@@ -102,15 +102,15 @@ inline std::int64_t matrix_rows(const Problem& p) {
   return p.layout == Layout::kChannelsFirst ? p.n : p.n * p.s;
 }
 
-// A block's shared memory behind the slots, in values of the accumulate type; the threads' counts
-// come last.
+// A block's shared memory behind the slots, in values of the accumulate type.
 struct CudaScratch {
   int tree;      // values of the reduction among threads
   int partials;  // kPartialValues for each channel of the unit
   int finals;    // kFinalValues for each channel
+  int counts;    // of the threads that write to the tree at a time
 
   constexpr std::int64_t bytes(int accumulate_size) const {
-    return static_cast<std::int64_t>(tree + partials + finals + kCudaThreads) * accumulate_size;
+    return static_cast<std::int64_t>(tree + partials + finals + counts) * accumulate_size;
   }
 };
 BATCHNORM_HOST_DEVICE inline CudaScratch cuda_scratch(const Problem& p, Mapping mapping,
@@ -122,7 +122,7 @@ BATCHNORM_HOST_DEVICE inline CudaScratch cuda_scratch(const Problem& p, Mapping 
   const std::int64_t threads = cells > kHalf ? cells : kHalf;
   const std::int64_t lanes = mapping == Mapping::kPlanes ? 1 : kCellElements;
   return {static_cast<int>(2 * lanes * threads), static_cast<int>(kPartialValues * unit_channels),
-          static_cast<int>(kFinalValues * unit_channels)};
+          static_cast<int>(kFinalValues * unit_channels), static_cast<int>(kHalf)};
 }
 
 // Whether the blocks of a team share out the unit's channels, each sums up its own and they meet
