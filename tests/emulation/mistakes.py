@@ -58,6 +58,7 @@ BARRIERS = [
             "no barrier before the next channel is summed up",
             "team_ + c * kPartialValues);\n      __syncthreads();",
             "team_ + c * kPartialValues);",
+            "tsan",  # so small a team gives warp 0 alone something to sum up
         ),
         (
             "the cluster's barrier is only a block's",
@@ -279,6 +280,8 @@ FORMULAS = [
             "the running variance of inference has no eps",
             "1 / sqrt(variance + a_.call.eps)",
             "1 / sqrt(variance)",
+            "plain",
+            "double",
         ),
         ("y has no residual", "call.residual != nullptr, residual);", "false, residual);"),
     ),

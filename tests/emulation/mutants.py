@@ -35,7 +35,7 @@ from emulation.kernels import CSRC, SOURCES, Part, program, run
 from emulation.mistakes import MISTAKES, Mistake
 
 # Of the dtype's cases, how many are run before a mistake counts as not found.
-PARTS: dict[str, Part] = {"plain": (0, 1), "asan": (0, 2), "tsan": (0, 6)}
+PARTS: dict[str, Part] = {"plain": (0, 1), "asan": (0, 3), "tsan": (6, 7)}
 FOLDER = CACHE / "mutants"
 
 
@@ -102,7 +102,7 @@ def build_with(mistake: Mistake, folder: Path) -> Path:
     return output
 
 
-CHECKED_DTYPES = {"float": "float32", "bfloat16": "bfloat16"}
+CHECKED_DTYPES = {"float": "float32", "bfloat16": "bfloat16", "double": "float64"}
 
 
 def is_found(path: Path, mistake: Mistake) -> bool:

@@ -66,7 +66,7 @@ inline const std::vector<Size>& sizes_of(Layout layout) {
                                           {70, 3, 72},  {2, 7, 1},  {40, 24, 9}};
   static const std::vector<Size> last = {{7, 8, 1},    {40, 3, 1}, {5, 24, 9},  {3, 65, 5},
                                          {300, 16, 1}, {2, 72, 3}, {11, 17, 2}, {1, 40, 2},
-                                         {1, 9, 1},    {530, 8, 2}};
+                                         {1, 9, 1},    {2, 3, 1},  {530, 8, 2}};
   return layout == Layout::kChannelsFirst ? first : last;
 }
 
