@@ -26,6 +26,7 @@ export PATH := $(VENV)/bin:$(PATH)
 # PyPI's torch for Linux on x86-64 brings gigabytes of CUDA libraries. Where no NVIDIA driver is
 # visible the CPU build is asked for by name, which fails rather than fetch the other one.
 TORCH_VERSION := 2.13.0
+CUDA_TORCH_VERSION := 2.11.0
 HAS_DRIVER := $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi)
 WANTS_CPU := $(if $(HAS_DRIVER),,$(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)))
 TORCH_SPEC ?= torch==$(TORCH_VERSION)$(if $(WANTS_CPU),+cpu)
@@ -107,6 +108,14 @@ ifeq ($(wildcard batchnorm_ext/_C*.so),)
 endif
 
 build: $(BUILT)  ## build the extension in place
+
+# Every kernel is compiled for every architecture by nvcc-check; here one is enough. No GPU is needed.
+cuda-install: TORCH_SPEC = torch==$(CUDA_TORCH_VERSION)
+cuda-install: $(STAMPS)/torch  ## install with the CUDA backend into VENV, and import it
+	BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0+PTX} \
+	    $(PIP) install --quiet --no-build-isolation --no-deps --force-reinstall .
+	@cd / && $(PY) -m batchnorm_ext
+	@cd / && $(PY) -c 'from batchnorm_ext import _C; assert _C.build_info()["cuda"], _C.build_info()'
 
 # ---- run ---------------------------------------------------------------------------------------
 
