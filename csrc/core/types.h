@@ -57,6 +57,21 @@ inline int size_of(DType dtype) {
   }
 }
 
+// What body(T{}) returns, T being the storage type that dtype names.
+template <typename Body>
+auto with_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat:
+      return body(float{});
+    case DType::kDouble:
+      return body(double{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    default:
+      return body(Half{});
+  }
+}
+
 // The 1-bit mask is a matrix of rows padded to whole bytes, so that no two threads share a byte:
 // a row is a plane (channels-first) or a row of channels (channels-last). Where planes are reduced
 // as columns (core/plan.h), an image's bits lie in its rows without the padding, and groups of 8

@@ -308,21 +308,6 @@ class Partials {
   std::vector<Value> values_;
 };
 
-// Calls body(T{}) with the storage type that dtype names.
-template <typename Body>
-void with_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat:
-      return body(float{});
-    case DType::kDouble:
-      return body(double{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    default:
-      return body(Half{});
-  }
-}
-
 double load_half_precision(const ChannelValues& values, std::int64_t channel);
 void store_half_precision(const ChannelValues& values, std::int64_t channel, double value);
 

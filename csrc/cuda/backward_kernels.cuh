@@ -11,6 +11,7 @@
 #include "core/calls.h"
 #include "cuda/activations.cuh"
 #include "cuda/channel_values.cuh"
+#include "cuda/choices.h"
 #include "cuda/team.cuh"
 
 namespace batchnorm {
@@ -257,15 +258,10 @@ using BackwardKernel = void (*)(BackwardArguments);
 // As forward_kernel_for.
 template <typename T>
 BackwardKernel backward_kernel_for(Mapping mapping, Access access, bool smooth) {
-  constexpr Mapping kPlanes = Mapping::kPlanes, kColumns = Mapping::kColumns;
-  constexpr Access kVector = Access::kVector, kScalar = Access::kScalar;
-  static constexpr BackwardKernel kTable[2][2][2] = {
-      {{backward_kernel<T, kPlanes, kVector, false>, backward_kernel<T, kPlanes, kVector, true>},
-       {backward_kernel<T, kPlanes, kScalar, false>, backward_kernel<T, kPlanes, kScalar, true>}},
-      {{backward_kernel<T, kColumns, kVector, false>, backward_kernel<T, kColumns, kVector, true>},
-       {backward_kernel<T, kColumns, kScalar, false>,
-        backward_kernel<T, kColumns, kScalar, true>}}};
-  return kTable[static_cast<int>(mapping)][static_cast<int>(access)][smooth];
+  return choose_kernel<BackwardKernel>(mapping, access, smooth, [](auto choice) -> BackwardKernel {
+    using Choice = decltype(choice);
+    return backward_kernel<T, Choice::kMapping, Choice::kAccess, Choice::kSmooth>;
+  });
 }
 
 }  // namespace cuda

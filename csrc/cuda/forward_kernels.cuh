@@ -10,6 +10,7 @@
 #include "core/calls.h"
 #include "cuda/activations.cuh"
 #include "cuda/channel_values.cuh"
+#include "cuda/choices.h"
 #include "cuda/team.cuh"
 
 namespace batchnorm {
@@ -206,14 +207,10 @@ using ForwardKernel = void (*)(ForwardArguments);
 // of its own.
 template <typename T>
 ForwardKernel forward_kernel_for(Mapping mapping, Access access, bool smooth) {
-  constexpr Mapping kPlanes = Mapping::kPlanes, kColumns = Mapping::kColumns;
-  constexpr Access kVector = Access::kVector, kScalar = Access::kScalar;
-  static constexpr ForwardKernel kTable[2][2][2] = {
-      {{forward_kernel<T, kPlanes, kVector, false>, forward_kernel<T, kPlanes, kVector, true>},
-       {forward_kernel<T, kPlanes, kScalar, false>, forward_kernel<T, kPlanes, kScalar, true>}},
-      {{forward_kernel<T, kColumns, kVector, false>, forward_kernel<T, kColumns, kVector, true>},
-       {forward_kernel<T, kColumns, kScalar, false>, forward_kernel<T, kColumns, kScalar, true>}}};
-  return kTable[static_cast<int>(mapping)][static_cast<int>(access)][smooth];
+  return choose_kernel<ForwardKernel>(mapping, access, smooth, [](auto choice) -> ForwardKernel {
+    using Choice = decltype(choice);
+    return forward_kernel<T, Choice::kMapping, Choice::kAccess, Choice::kSmooth>;
+  });
 }
 
 }  // namespace cuda

@@ -14,17 +14,10 @@ extern template BackwardKernel backward_kernel_for<Half>(Mapping, Access, bool);
 namespace {
 
 BackwardKernel find_kernel(const Backward& call, const CudaPlan& plan) {
-  const bool smooth = is_smooth(call.activation);
-  switch (call.problem.dtype) {
-    case DType::kFloat:
-      return backward_kernel_for<float>(plan.mapping, plan.access, smooth);
-    case DType::kDouble:
-      return backward_kernel_for<double>(plan.mapping, plan.access, smooth);
-    case DType::kBFloat16:
-      return backward_kernel_for<BFloat16>(plan.mapping, plan.access, smooth);
-    default:
-      return backward_kernel_for<Half>(plan.mapping, plan.access, smooth);
-  }
+  return with_dtype(call.problem.dtype, [&](auto tag) {
+    return backward_kernel_for<decltype(tag)>(plan.mapping, plan.access,
+                                              is_smooth(call.activation));
+  });
 }
 
 }  // namespace

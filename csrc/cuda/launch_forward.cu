@@ -14,17 +14,9 @@ extern template ForwardKernel forward_kernel_for<Half>(Mapping, Access, bool);
 namespace {
 
 ForwardKernel find_kernel(const ForwardTrain& call, const CudaPlan& plan) {
-  const bool smooth = is_smooth(call.activation);
-  switch (call.problem.dtype) {
-    case DType::kFloat:
-      return forward_kernel_for<float>(plan.mapping, plan.access, smooth);
-    case DType::kDouble:
-      return forward_kernel_for<double>(plan.mapping, plan.access, smooth);
-    case DType::kBFloat16:
-      return forward_kernel_for<BFloat16>(plan.mapping, plan.access, smooth);
-    default:
-      return forward_kernel_for<Half>(plan.mapping, plan.access, smooth);
-  }
+  return with_dtype(call.problem.dtype, [&](auto tag) {
+    return forward_kernel_for<decltype(tag)>(plan.mapping, plan.access, is_smooth(call.activation));
+  });
 }
 
 // Inference is training without what training writes.
