@@ -58,6 +58,7 @@ BARRIERS = [
             "no barrier before the next channel is summed up",
             "team_ + c * kPartialValues);\n      __syncthreads();",
             "team_ + c * kPartialValues);",
+            "tsan",  # so small a team gives warp 0 alone something to sum up
         ),
         (
             "the cluster's barrier is only a block's",
@@ -174,7 +175,12 @@ WALKS = [
         ("backwards, the first cell is skipped", "if (cell_ < 0)", "if (cell_ <= 0)"),
         ("a plane's tail is a whole cell", "min(left, kWhole)", "kWhole"),
         ("a row's tail is a whole cell", "min(width_ - column_, kCellElements)", "kCellElements"),
-        ("threads beyond the last group work too", "group_ < groups_ ? steps", "true ? steps"),
+        (
+            "threads beyond the last group work too",
+            "group_ < groups_ ? steps",
+            "true ? steps",
+            "tsan",  # their sums are not read, and they write what others write
+        ),
         (
             "the mask's rows are not padded",
             "first ? p.c * columns / kCellElements : mask_row_bytes(p)",
@@ -279,6 +285,8 @@ FORMULAS = [
             "the running variance of inference has no eps",
             "1 / sqrt(variance + a_.call.eps)",
             "1 / sqrt(variance)",
+            "plain",
+            "double",
         ),
         ("y has no residual", "call.residual != nullptr, residual);", "false, residual);"),
     ),
