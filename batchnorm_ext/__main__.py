@@ -61,10 +61,13 @@ def _gpus() -> list[dict[str, str]]:
 def _runs_on(capability: str, architectures: str) -> bool:
     """Whether code built for "7.5;9.0+PTX" runs on a device of this capability.
 
-    Machine code runs on later minor versions of its major one, PTX on everything later.
+    Machine code runs on later minor versions of its major one, PTX on everything later. Names
+    ("Hopper") are not understood, and taken for right.
     """
     device = tuple(map(int, capability.split(".")))
     for word in architectures.split(";"):
+        if not word[:1].isdigit():
+            return True
         built = tuple(map(int, word.removesuffix("+PTX").rstrip("af").split(".")))
         if built <= device and (built[0] == device[0] or word.endswith("+PTX")):
             return True

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -45,6 +46,7 @@ print(json.dumps({"file": batchnorm_ext.__file__, "class": type(ours[1]).__modul
 def run(*command: str | Path, cwd: Path) -> str:
     """Runs a command without this checkout on any path; its output is shown if it fails."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "BATCHNORM"))}
+    environment["TORCH_CUDA_ARCH_LIST"] = "9.0"  # one is enough, where CUDA is built at all
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -97,6 +99,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def test_the_source_distribution_has_every_source(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    needed = {path.relative_to(ROOT).as_posix() for path in files}
+    assert {Path(name).suffix for name in needed} == {".cpp", ".h", ".cu", ".cuh"}
+    assert needed | {"setup.py", "setup_cuda.py", "pyproject.toml", "Makefile"} <= names
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"batchnorm_ext/{path.name}" for path in (ROOT / "batchnorm_ext").glob("*.py*")}
@@ -113,7 +124,7 @@ def test_the_wheel_needs_torch_only(wheel: Path) -> None:
     metadata = zipfile.ZipFile(wheel).read(info).decode()
     lines = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert [line for line in lines if "extra ==" not in line] == ["Requires-Dist: torch>=2.11"]
-    for extra in ("test", "bench", "dev"):
+    for extra in ("test", "bench", "dev", "cuda"):
         assert f"Provides-Extra: {extra}" in metadata
 
 

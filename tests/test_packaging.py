@@ -277,6 +277,7 @@ def test_too_many_threads_and_idle_gpus_are_pointed_out(report: dict[str, Any]) 
         ("9.0+PTX", "8.9", False),
         ("9.0a;10.0", "10.0", True),
         ("7.5;10.0", "12.0", False),
+        ("Hopper", "8.0", True),  # who can tell
     ],
 )
 def test_architectures_against_the_devices(

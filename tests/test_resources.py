@@ -13,7 +13,7 @@ from resources import Resources
 #: Kernels that may spill, by their names: so many bytes a thread, on other devices than sm_90. With
 #: columns a thread has eight channels' values in its 128 registers. More registers would mean one
 #: block less on a multiprocessor, and cost more than a few words from the first-level cache do.
-SPILLS = {r"_kernel<(float|BFloat16|Half), Mapping=1,": 40}
+SPILLS = {r"_kernel<(float|BFloat16|Half), Mapping=1,": 64}
 
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN9batchnorm4cuda5firstIfEEvPKf' for 'sm_75'

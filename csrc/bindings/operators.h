@@ -51,6 +51,15 @@ inline void check_forward(const at::Tensor& input, const OptionalTensor& residua
   check_residual(residual, input);
 }
 
+// What forward_train writes to, besides.
+inline void check_buffers(const at::Tensor& input, const OptionalTensor& running_mean,
+                          const OptionalTensor& running_var,
+                          const OptionalTensor& num_batches_tracked) {
+  check_writable(running_mean, "running_mean");
+  check_writable(running_var, "running_var");
+  check_counter(num_batches_tracked, input);
+}
+
 inline void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                            const OptionalTensor& residual, const OptionalTensor& weight,
                            const OptionalTensor& bias, const at::Tensor& mean,
@@ -71,6 +80,12 @@ inline void check_backward(const at::Tensor& grad_output, const at::Tensor& inpu
 }
 
 template <typename Backend>
+at::Tensor empty_mask(const Backend& backend, const Problem& problem, bool wanted) {
+  if (!wanted) return backend.empty({0}, at::kByte);
+  return backend.empty({mask_rows(problem), mask_row_bytes(problem)}, at::kByte);
+}
+
+template <typename Backend>
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -78,9 +93,7 @@ FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residua
                           double eps, c10::string_view activation_name, double activation_param,
                           bool save_mask) {
   check_forward(input, residual, weight, bias, running_mean, running_var);
-  check_writable(running_mean, "running_mean");
-  check_writable(running_var, "running_var");
-  check_counter(num_batches_tracked, input);
+  check_buffers(input, running_mean, running_var, num_batches_tracked);
   check_eps(eps, true);
   const Activation activation = activation_of(std::string(activation_name));
 
@@ -92,10 +105,8 @@ FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residua
   const at::Tensor y = backend.empty_output(x);
   const at::Tensor mean = backend.empty({problem.c}, at::kDouble);
   const at::Tensor invstd = backend.empty({problem.c}, at::kDouble);
-  const at::Tensor mask =
-      save_mask && is_piecewise_linear(activation)
-          ? backend.empty({mask_rows(problem), mask_row_bytes(problem)}, at::kByte)
-          : backend.empty({0}, at::kByte);
+  const bool masked = save_mask && is_piecewise_linear(activation);
+  const at::Tensor mask = empty_mask(backend, problem, masked);
   if (problem.numel() == 0) return {y, mean, invstd, mask};
   backend.run(ForwardTrain{
       problem, x.data_ptr(), pointer(r), y.data_ptr(),
@@ -158,6 +169,10 @@ inline const std::uint8_t* mask_pointer(const OptionalTensor& mask, const Proble
   return mask->data_ptr<std::uint8_t>();
 }
 
+inline ChannelValues values_of(const at::Tensor& gradient, bool wanted, const char* name) {
+  return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
+}
+
 template <typename Backend>
 FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
@@ -187,15 +202,12 @@ FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
     for (const at::Tensor& gradient : {dweight, dbias}) gradient.zero_();
     return {dx, dresidual, dweight, dbias};
   }
-  const auto where = [](const at::Tensor& gradient, bool wanted, const char* name) {
-    return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
-  };
-  backend.run(
-      Backward{problem, dy.data_ptr(), x.data_ptr(), pointer(r), bits, channel_values(w, "weight"),
-               channel_values(b, "bias"), mean.data_ptr<double>(), invstd.data_ptr<double>(),
-               training, activation, activation_param, output_mask[0] ? dx.data_ptr() : nullptr,
-               output_mask[1] ? dresidual.data_ptr() : nullptr,
-               where(dweight, output_mask[2], "weight"), where(dbias, output_mask[3], "bias")});
+  backend.run(Backward{
+      problem, dy.data_ptr(), x.data_ptr(), pointer(r), bits, channel_values(w, "weight"),
+      channel_values(b, "bias"), mean.data_ptr<double>(), invstd.data_ptr<double>(), training,
+      activation, activation_param, output_mask[0] ? dx.data_ptr() : nullptr,
+      output_mask[1] ? dresidual.data_ptr() : nullptr, values_of(dweight, output_mask[2], "weight"),
+      values_of(dbias, output_mask[3], "bias")});
   return {dx, dresidual, dweight, dbias};
 }
 

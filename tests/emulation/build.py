@@ -210,13 +210,18 @@ def tasks_of(
     defines: Sequence[str] = (),
     extra_includes: Sequence[Path | str] = (),
     compile_args: Sequence[str] = (),
+    compile_args_of: Mapping[Path, Sequence[str]] | None = None,
 ) -> list[Task]:
     """What to compile, into `folder`: the sources, with `csrc`'s headers, and the runtime."""
     require_everything()
     system = [word for path in cuda_includes() for word in ("-isystem", str(path))]
     own = [f"-I{path}" for path in (RUNTIME, csrc, *extra_includes)]
     flags = [*FLAVOURS[flavour], *(f"-D{name}" for name in defines), *compile_args, *own, *system]
-    tasks = [make_task(Path(path).resolve(), folder, flags) for path in sources]
+    more = compile_args_of or {}
+    tasks = [
+        make_task(Path(path).resolve(), folder, [*flags, *more.get(Path(path), ())])
+        for path in sources
+    ]
     runtime_flags = [*RUNTIME_FLAGS, f"-I{RUNTIME}", *system]
     tasks += [
         make_task(path, CACHE / "runtime", runtime_flags) for path in sorted(RUNTIME.glob("*.cpp"))
@@ -241,8 +246,16 @@ def build(
     What has not changed is not compiled again.
     """
     output = Path(output).resolve()
+    folder = CACHE / flavour
     tasks = tasks_of(
-        flavour, sources, ROOT / "csrc", CACHE / flavour, defines, extra_includes, compile_args
+        flavour,
+        sources,
+        ROOT / "csrc",
+        folder,
+        defines,
+        extra_includes,
+        compile_args,
+        compile_args_of,
     )
     with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(compile_one, tasks))
