@@ -25,10 +25,11 @@ from strategies import (
     forced_cuda_plan,
 )
 
-pytestmark = pytest.mark.skipif(
-    not HAS_CUDA_KERNELS,
-    reason="no CUDA kernels here: make test-emulated runs them on the emulated device",
-)
+if not HAS_CUDA_KERNELS:
+    pytest.skip(
+        "no CUDA kernels here: make test-emulated runs them on the emulated device",
+        allow_module_level=True,
+    )
 
 PLAN: dict[str, list[Any]] = {
     "strategy": [None, "block", "cluster", "grid", "two_kernels"],

@@ -8,7 +8,9 @@
 namespace batchnorm {
 namespace cuda {
 
-// A kernel with the plan's blocks and shared memory; in clusters or cooperatively as it says.
+// A kernel with the plan's blocks and shared memory; in clusters or cooperatively as it says. Much
+// shared memory must be permitted first, each time: that costs the host a lock and a look-up, but
+// calls that need it are long, and a list of what was permitted would be one more shared state.
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), const CudaPlan& plan, cudaStream_t stream,
                    const Arguments& arguments) {

@@ -1,6 +1,7 @@
 // Small things of the host side: the running statistics as backward needs them, and the device.
 #include "cuda/batchnorm.h"
 #include "cuda/channel_values.cuh"
+#include "cuda/launch.h"
 
 namespace batchnorm {
 namespace cuda {
@@ -27,12 +28,12 @@ cudaError_t eval_statistics(const ChannelValues& running_mean, const ChannelValu
                             double eps, std::int64_t c, double* mean, double* invstd,
                             cudaStream_t stream) {
   if (c == 0) return cudaSuccess;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((c + kCudaThreads - 1) / kCudaThreads));
-  config.blockDim = dim3(kCudaThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, eval_statistics_kernel,
-                            StatisticsArguments{running_mean, running_var, eps, c, mean, invstd});
+  CudaPlan plan = {};
+  plan.strategy = Strategy::kSinglePass;
+  plan.team = 1;
+  plan.units_at_once = (c + kCudaThreads - 1) / kCudaThreads;
+  return launch(eval_statistics_kernel, plan, stream,
+                StatisticsArguments{running_mean, running_var, eps, c, mean, invstd});
 }
 
 cudaError_t device_limits(int device, DeviceLimits* limits) {
