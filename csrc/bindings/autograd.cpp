@@ -181,6 +181,8 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
       std::copy(some.begin(), some.end(), gradients.begin());
       return gradients;
     }
+    // Not by way of the dispatcher's fallback for autograd, which would box every argument.
+    at::AutoDispatchBelowADInplaceOrView guard;
     // Without an activation the residual's gradient is dy itself.
     const bool pass_on = needed[kResidual] && s.activation == Activation::kIdentity;
     const std::array<bool, 4> computed{needed[kInput], needed[kResidual] && !pass_on,
