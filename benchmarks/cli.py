@@ -1,4 +1,4 @@
-"""The command line: run, compare, plot, env, demo, micro, predict.
+"""The command line: run, compare, plot, env, train, micro, predict.
 
 torch is loaded by the commands only.
 """
@@ -16,6 +16,8 @@ import typer
 from benchmarks import shapes
 
 ALLOCATORS = ("default", "huge-pages")
+TRAIN_DEVICES = ("auto", *shapes.DEVICES)
+EXPERIMENT_HELP = "repeatable; all (the default) or one of those in docs/why-batch-norm.md"
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -209,16 +211,30 @@ def env() -> None:
 
 
 @app.command()
-def demo(
-    epochs: Annotated[int, typer.Option(min=1)] = 5,
-    seeds: Annotated[int, typer.Option(min=2)] = 5,
+def train(
+    experiment: Annotated[list[str] | None, typer.Option(help=EXPERIMENT_HELP)] = None,
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="more seeds and steps, for a page to keep")
+    ] = False,
+    device: Annotated[str, typer.Option(help=", ".join(TRAIN_DEVICES))] = "auto",
     output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+    page: Annotated[Path | None, typer.Option(help="Markdown file made of the results")] = None,
 ) -> None:
-    """Train a small network on real images with torch's, the converted and the fused modules."""
+    """Show what batch norm does for training: experiments with figures, on real data."""
     _require_extension()
-    from benchmarks import demo as training
+    from benchmarks.training import run as training
+    from benchmarks.training.registry import EXPERIMENTS
 
-    raise typer.Exit(training.run(epochs, seeds, output))
+    if device not in TRAIN_DEVICES:
+        raise typer.BadParameter(f"--device: {device!r} is not one of {', '.join(TRAIN_DEVICES)}")
+    _require_device(device)
+    names = list(EXPERIMENTS) if not experiment or "all" in experiment else experiment
+    for name in names:
+        if name not in EXPERIMENTS:
+            known = ", ".join(("all", *EXPERIMENTS))
+            raise typer.BadParameter(f"--experiment: {name!r} is not one of {known}")
+    size = "full" if full else "quick"
+    raise typer.Exit(training.run(list(dict.fromkeys(names)), size, device, output, page))
 
 
 @app.command()

@@ -88,10 +88,10 @@ def stem_for(result: dict[str, Any]) -> str:
     return "-".join(parts)
 
 
-def write_json(result: dict[str, Any], path: Path) -> Path:
+def write_json(result: dict[str, Any], path: Path, indent: int | None = 1) -> Path:
     """Write the document; refuses to write over a file."""
     with path.open("x", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
+        json.dump(result, file, indent=indent)
         file.write("\n")
     return path
 

@@ -29,14 +29,11 @@ from batchnorm_ext import _C
 from benchmarks import (
     candidates,
     check,
-    demo,
-    demo_report,
     environment,
     graphs,
     limits,
     micro,
     overhead,
-    plots,
     report,
     results,
     shapes,
@@ -773,80 +770,6 @@ def test_kernel_costs_are_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     one = 2e-8 / ((micro.LENGTHS[1] - micro.LENGTHS[0]) / 16 * 1e-9)
     spreads = [cost["spread"] for cost in costs.values()]
     assert spreads == pytest.approx([2 * one, one, one, 2 * one, one], abs=1e-3)
-
-
-# --- demo ------------------------------------------------------------------------------------
-
-
-def demo_runs(loss: float, accuracy: float, rounding: float = 0.0) -> list[dict[str, Any]]:
-    """Four seeds; torch's test losses have a standard deviation of 0.00816."""
-    own: list[dict[str, Any]] = [
-        {"variant": "torch", "seed": seed, "test_loss": own, "accuracy": 0.98, "test_images": 360}
-        for seed, own in enumerate((0.04, 0.05, 0.05, 0.06))
-    ]
-
-    def others(name: str, loss: float, accuracy: float) -> list[dict[str, Any]]:
-        return [
-            {**run, "variant": name, "test_loss": run["test_loss"] + loss, "accuracy": accuracy}
-            for run in own
-        ]
-
-    return own + others("fused", loss, accuracy) + others(demo.CONTROL, rounding, 0.98)
-
-
-@pytest.mark.parametrize(
-    ("loss", "accuracy", "rounding", "equal"),
-    [
-        # the noise of a mean of four is half of the seeds' deviation, three times that passes
-        (0.0122, 0.98, 0.0, True),
-        (-0.0123, 0.98, 0.0, False),
-        (0.0123, 0.98, 0.01, True),  # a rounding alone changes that much
-        (0.0, 0.97, 0.0, True),
-        (0.0, 0.968, 0.0, False),  # 360 images at 98 % have a sampling error of 0.74 %
-        (math.nan, 0.98, 0.0, False),
-    ],
-)
-def test_demo_judges_by_its_noise(
-    loss: float, accuracy: float, rounding: float, equal: bool
-) -> None:
-    assert demo.judge(demo_runs(loss, accuracy, rounding), "fused")["equal"] is equal
-
-
-@pytest.mark.parametrize(
-    ("share", "text"), [(-1e-17, "0.00%"), (0.0123, "+1.23%"), (-0.5, "-50.00%")]
-)
-def test_percent(share: float, text: str) -> None:
-    assert demo_report.percent(share) == text
-
-
-def test_demo_control_is_one_rounding_off() -> None:
-    own, control = (demo.make_model(name, 0).state_dict() for name in ("torch", demo.CONTROL))
-    weight, moved = own["head.weight"], control["head.weight"]
-    assert not torch.equal(weight, moved)
-    assert torch.equal(torch.nextafter(weight, torch.tensor(math.inf)), moved)
-
-
-def test_demo_models_start_from_the_same_weights() -> None:
-    states = [demo.make_model(variant, 3).state_dict() for variant in demo.VARIANTS]
-    for state in states[1:]:
-        assert list(state) == list(states[0])
-        assert all(torch.equal(state[name], value) for name, value in states[0].items())
-    x = torch.randn(4, 1, 8, 8)
-    outputs = [demo.make_model(variant, 3)(x) for variant in demo.VARIANTS]
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-4)
-
-
-def test_demo_runs_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "TIMED_STEPS", 3)
-    monkeypatch.setattr(demo, "CHANNELS", (4, 8))
-    found = invoke("demo", "--epochs", "1", "--seeds", "2", "--output", str(tmp_path))
-    assert found.exit_code in (0, 1), found.output  # one epoch of a tiny net: the verdict is open
-    assert "BatchNormAct2d" in found.output
-    assert only(tmp_path, "*demo.png").stat().st_size > 1000
-    result = json.loads(only(tmp_path, "*demo.json").read_text())
-    assert {run["variant"] for run in result["runs"]} == {*demo_report.NAMES, demo.CONTROL}
-    assert plots.plt.get_fignums() == []
 
 
 # ---- a GPU's measurements, as far as they need none ----

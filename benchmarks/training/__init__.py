@@ -1,0 +1,1 @@
+"""The reasons for batch norm as experiments: `python -m benchmarks train`."""
