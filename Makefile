@@ -1,7 +1,7 @@
 # From a fresh clone, on a machine with python3 (and its headers), make and gcc:
 #
 #   make test          build, then every test but the slow ones
-#   make benchmark     build, then the quick benchmark and the demonstration
+#   make benchmark     build, then the quick benchmark and three of the training experiments
 #
 # VENV=path            a virtual environment of your own; the torch it has is kept
 # PYTHON=python3.12    the Python that .venv is made with
@@ -36,7 +36,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help build test test-slow test-emulated emulation mutants sanitize benchmark \
-        benchmark-smoke lint format typecheck nvcc-check gpu-check clean
+        benchmark-smoke why-batch-norm lint format typecheck nvcc-check gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -144,9 +144,15 @@ mutants: $(STAMPS)/test  ## planted mistakes in the CUDA kernels; MUTANTS=k/n ta
 sanitize: $(BUILT) $(STAMPS)/test  ## the CPU kernels under AddressSanitizer and UBSan
 	$(PY) -m pytest tests/test_sanitizers.py $(PYTEST_ARGS)
 
-benchmark: $(BUILT) $(STAMPS)/bench  ## the quick benchmark, then training on real images
+# Each experiment writes its result file and its figures to benchmarks/results.
+SHOWN := faster-training learning-rates against-torch
+benchmark: $(BUILT) $(STAMPS)/bench  ## the quick benchmark, then training on real data
 	$(PY) -m benchmarks run --preset quick
-	$(PY) -m benchmarks demo
+	$(PY) -m benchmarks train --quick $(SHOWN:%=--experiment %)
+
+# Twenty minutes on 2 cores.
+why-batch-norm: $(BUILT) $(STAMPS)/bench  ## every experiment in full, and docs/why-batch-norm.md
+	$(PY) -m benchmarks train --full --page docs/why-batch-norm.md
 
 benchmark-smoke: $(BUILT) $(STAMPS)/bench  ## the smallest run that exercises the benchmarks
 	$(PY) -m benchmarks run --preset smoke

@@ -305,6 +305,9 @@ def test_an_unreached_target_counts_as_the_budget_and_is_said() -> None:
         ([16, 17, 18], [64, 66, 65], "fewer"),
         ([64, 66, 65], [16, 17, 18], "more"),
         ([16, 64, 40], [40, 15, 66], "no difference shown"),
+        ([16, 17, 18], [None, 158, None], "fewer"),
+        # The budget is a lower bound: what did not get there is not called quicker.
+        ([150, None, 151], [160, None, 160], "no difference shown"),
     ],
 )
 def test_the_sentence_follows_the_numbers(

@@ -28,12 +28,13 @@ from benchmarks.training.experiment import (
     Table,
     as_fast,
     frame,
+    grid,
     one_cell,
     speedup,
 )
 from benchmarks.training.fit import evaluate, fit, training_steps
 from benchmarks.training.networks import FUSED, TORCH
-from benchmarks.training.tasks import BATCH, TASKS, first_batch
+from benchmarks.training.tasks import BATCH, TASKS, first_batch, in_epochs
 
 CONVERTED, CONTROL = "converted", "control"
 COMPARED = (CONVERTED, FUSED)
@@ -130,13 +131,8 @@ class AgainstTorch(Experiment):
 
     def runs(self, size: Size) -> list[Settings]:
         """Every network in every variant."""
-        return [
-            {"task": task, "variant": variant, "seed": seed, "rate": size["rate"],
-             "steps": size["epochs"] * TASKS[task].epoch}
-            for task in TASK_NAMES
-            for variant in NAMES
-            for seed in range(size["seeds"])
-        ]  # fmt: skip
+        choices = {"task": TASK_NAMES, "variant": list(NAMES), "rate": [size["rate"]]}
+        return in_epochs(grid(**choices, seed=range(size["seeds"])), size["epochs"])
 
     def measure(self, settings: Settings, device: str) -> Settings:
         """Train; the loss of every step, and loss and accuracy on the test images."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.training import data, figures
 from benchmarks.training.data import Part
-from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, one_cell
+from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, grid, one_cell
 from benchmarks.training.fit import fit, kept_buffers, seeded
 from benchmarks.training.intervals import Estimate
 from benchmarks.training.networks import MLP, NONE, OURS, Normalization
@@ -124,17 +124,8 @@ class CovariateShift(Experiment):
 
     def runs(self, size: Size) -> list[Settings]:
         """Every variant."""
-        return [
-            {
-                "variant": variant,
-                "seed": seed,
-                "steps": size["steps"],
-                "every": size["every"],
-                "rate": size["rate"],
-            }
-            for variant in VARIANTS
-            for seed in range(size["seeds"])
-        ]
+        fixed = {key: [size[key]] for key in ("steps", "every", "rate")}
+        return grid(variant=list(VARIANTS), seed=range(size["seeds"]), **fixed)
 
     def measure(self, settings: Settings, device: str) -> Settings:
         """Train, and probe after every few steps."""

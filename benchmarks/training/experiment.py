@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -63,6 +64,11 @@ class Experiment(ABC):
     def passed(self, result: dict[str, Any]) -> bool:
         """False where something is wrong with the package itself."""
         return True
+
+
+def grid(**choices: Iterable[Any]) -> list[Settings]:
+    """Settings of every combination; the last choice changes fastest."""
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
 def frame(result: dict[str, Any]) -> pd.DataFrame:

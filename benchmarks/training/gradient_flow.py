@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.training import data, figures
 from benchmarks.training.data import Part
-from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, one_cell
+from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, grid, one_cell
 from benchmarks.training.fit import evaluate, fit, seeded
 from benchmarks.training.intervals import Estimate
 from benchmarks.training.networks import FUSED, MLP, NONE, Normalization
@@ -56,11 +56,8 @@ class GradientFlow(Experiment):
 
     def runs(self, size: Size) -> list[Settings]:
         """Every variant."""
-        return [
-            {"variant": variant, "seed": seed, "steps": size["steps"], "rate": size["rate"]}
-            for variant in VARIANTS
-            for seed in range(size["seeds"])
-        ]
+        fixed = {"steps": [size["steps"]], "rate": [size["rate"]]}
+        return grid(variant=list(VARIANTS), seed=range(size["seeds"]), **fixed)
 
     def measure(self, settings: Settings, device: str) -> Settings:
         """Train; each layer's gradient norm at the first and the last step."""

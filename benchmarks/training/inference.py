@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.training import data, figures
 from benchmarks.training.data import Part
-from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, one_cell
+from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, grid, one_cell
 from benchmarks.training.fit import evaluate, fit, seeded
 from benchmarks.training.intervals import Estimate
 from benchmarks.training.networks import FUSED, MLP, Normalization
@@ -79,13 +79,9 @@ class Inference(Experiment):
 
     def runs(self, size: Size) -> list[Settings]:
         """Every momentum at every batch size."""
-        return [
-            {"batch": batch, "momentum": str(momentum), "seed": seed, "updates": size["updates"],
-             "rate": size["rate"]}
-            for momentum in MOMENTA
-            for batch in size["batches"]
-            for seed in range(size["seeds"])
-        ]  # fmt: skip
+        fixed = {"updates": [size["updates"]], "rate": [size["rate"]]}
+        choices = {"momentum": list(map(str, MOMENTA)), "batch": size["batches"]}
+        return grid(**choices, seed=range(size["seeds"]), **fixed)
 
     def measure(self, settings: Settings, device: str) -> Settings:
         """Train; the test error in the three ways."""

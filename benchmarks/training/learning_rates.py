@@ -8,11 +8,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.training import figures
-from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, one_cell
+from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, grid, one_cell
 from benchmarks.training.fit import evaluate, fit
 from benchmarks.training.intervals import Estimate
 from benchmarks.training.networks import FUSED, NONE
-from benchmarks.training.tasks import BATCH, TASKS
+from benchmarks.training.tasks import BATCH, TASKS, in_epochs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 CLIPPED, CLIP = "clipped", 1.0
@@ -61,14 +61,8 @@ class LearningRates(Experiment):
 
     def runs(self, size: Size) -> list[Settings]:
         """Every rate for every variant of two networks."""
-        return [
-            {"task": task, "variant": variant, "rate": rate, "seed": seed,
-             "steps": size["epochs"] * TASKS[task].epoch}
-            for task in ("cnn", "mlp")
-            for variant in STYLES
-            for rate in size["rates"]
-            for seed in range(size["seeds"])
-        ]  # fmt: skip
+        choices = {"task": ("cnn", "mlp"), "variant": list(STYLES), "rate": size["rates"]}
+        return in_epochs(grid(**choices, seed=range(size["seeds"])), size["epochs"])
 
     def measure(self, settings: Settings, device: str) -> Settings:
         """Train; the accuracy at the end, of whatever is left of the weights."""

@@ -20,13 +20,14 @@ from benchmarks.training.experiment import (
     Table,
     as_fast,
     frame,
+    grid,
     one_cell,
     speedup,
 )
 from benchmarks.training.fit import batches, evaluate, fit, training_steps
 from benchmarks.training.intervals import Estimate, verdict
 from benchmarks.training.networks import AFTER, FUSED, NONE, OURS, TORCH, Normalization
-from benchmarks.training.tasks import BATCH, TASKS, first_batch
+from benchmarks.training.tasks import BATCH, TASKS, first_batch, in_epochs
 
 VARIANTS = {
     "without": Normalization(NONE),
@@ -83,13 +84,8 @@ class Placement(Experiment):
 
     def runs(self, size: Size) -> list[Settings]:
         """Every place, in two networks."""
-        return [
-            {"task": task, "variant": variant, "seed": seed, "rate": size["rate"],
-             "steps": size["epochs"] * TASKS[task].epoch}
-            for task in TASK_NAMES
-            for variant in VARIANTS
-            for seed in range(size["seeds"])
-        ]  # fmt: skip
+        choices = {"task": TASK_NAMES, "variant": list(VARIANTS), "rate": [size["rate"]]}
+        return in_epochs(grid(**choices, seed=range(size["seeds"])), size["epochs"])
 
     def measure(self, settings: Settings, device: str) -> Settings:
         """Train; and how far the fused network is from this one at the first step."""

@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 
 from benchmarks.training import data, figures
-from benchmarks.training.experiment import Experiment, Settings, Size, Table, cells, frame, one_cell
+from benchmarks.training.experiment import (
+    Experiment,
+    Settings,
+    Size,
+    Table,
+    cells,
+    frame,
+    grid,
+    one_cell,
+)
 from benchmarks.training.fit import evaluate, fit, seeded
 from benchmarks.training.intervals import Estimate, verdict
 from benchmarks.training.networks import FUSED, MLP, NONE, Normalization
@@ -51,18 +60,9 @@ class Regularisation(Experiment):
 
     def runs(self, size: Size) -> list[Settings]:
         """Every variant at every batch size."""
-        return [
-            {
-                "variant": variant,
-                "batch": batch,
-                "seed": seed,
-                "updates": size["updates"],
-                "rate": size["rate"],
-            }
-            for variant in VARIANTS
-            for batch in size["batches"]
-            for seed in range(size["seeds"])
-        ]
+        fixed = {"updates": [size["updates"]], "rate": [size["rate"]]}
+        choices = {"variant": list(VARIANTS), "batch": size["batches"]}
+        return grid(**choices, seed=range(size["seeds"]), **fixed)
 
     def measure(self, settings: Settings, device: str) -> Settings:
         """Train; loss and accuracy on what was learned and on the test images."""

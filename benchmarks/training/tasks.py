@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -55,6 +56,15 @@ TASKS = {
         "MLP, standardised", _cancer_mlp, lambda: data.cancer(standardised=True), 0.93, 4
     ),
 }
+
+
+def in_epochs(runs: list[dict[str, Any]], epochs: int) -> list[dict[str, Any]]:
+    """The settings with the number of steps that the epochs of each run's task have."""
+
+    def steps(task: Task) -> int:
+        return epochs * task.patience * task.epoch
+
+    return [{**run, "steps": steps(TASKS[run["task"]])} for run in runs]
 
 
 def first_batch(name: str, device: str) -> Part:
