@@ -255,9 +255,12 @@ def test_evaluate_leaves_the_model_as_it_was() -> None:
 
 
 def test_first_step_of_an_accuracy() -> None:
-    history = fit.History(accuracies=[(5, 0.4), (10, 0.9), (15, 0.8), (20, 0.95)])
+    history = fit.History(accuracies=[(5, 0.4), (10, 0.9), (15, 0.84), (20, 0.95)])
     assert history.first_step(0.85) == 10
     assert history.first_step(0.99) is None
+    history.accuracies += [(25, 0.1), (30, 0.1)]  # reached, but lost again
+    assert history.first_step(0.85) is None
+    assert fit.History(accuracies=[(5, 0.9)], diverged=True).first_step(0.85) is None
 
 
 # --- faster training -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -38,6 +39,7 @@ MEASURES = {
     "loss_range": ("Loss along the gradient", "highest minus lowest (log scale)"),
     "gradient_change": ("Gradient along the gradient", "change over its norm (log scale)"),
 }
+SMALLEST = 1e-6  # measures are stored with six decimals
 LOGARITHMIC = ("loss_range", "gradient_change")
 
 
@@ -207,7 +209,7 @@ class CovariateShift(Experiment):
                 count = min(len(values) for values in runs[key])
                 rows = zip(*(values[:count] for values in runs[key]), strict=True)
                 log = key in LOGARITHMIC
-                make = figures.geometric if log else Estimate.of
+                make = partial(figures.geometric, floor=SMALLEST) if log else Estimate.of
                 figures.curve(axes, runs.step.iloc[0][:count], [make(list(row)) for row in rows],
                               style, points=False)  # fmt: skip
             axes.set_title(title, loc="left")

@@ -16,6 +16,7 @@ from benchmarks.training.intervals import Estimate
 
 WIDTH = 9  # inches
 LARGEST_LOSS = 10  # of a curve: what diverges leaves the picture
+SMALLEST_LOSS = 1e-5  # losses are stored with five decimals at least
 SMOOTHING = 10  # steps that a loss curve averages over
 
 
@@ -84,6 +85,7 @@ def plain_log(axes: Any, which: str, ticks: Sequence[float] | None = None) -> No
         # Decades alone would label a short axis once or never.
         axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
     axis.set_minor_locator(NullLocator())
+    axis.set_tick_params(labelsize=8)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
@@ -104,8 +106,9 @@ def loss_curves(axes: Any, curves: Mapping[Style, Sequence[Sequence[float]]]) ->
     for style, losses in curves.items():
         count = min(len(run) for run in losses)
         smoothed = [smooth(list(run[:count])) for run in losses]
-        estimates = [geometric(row) for row in zip(*smoothed, strict=True)]
+        estimates = [geometric(row, SMALLEST_LOSS) for row in zip(*smoothed, strict=True)]
         curve(axes, range(1, count + 1), estimates, style, points=False)
+    axes.set_yscale("log")
     axes.set_ylim(top=min(axes.get_ylim()[1], LARGEST_LOSS))
     plain_log(axes, "y")
     axes.set_xlabel("step")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -105,8 +106,21 @@ class History:
     diverged: bool = False
 
     def first_step(self, accuracy: float) -> int | None:
-        """The step at whose evaluation the accuracy was reached first."""
-        return next((step for step, value in self.accuracies if value >= accuracy), None)
+        """The first step with that accuracy, and on average that from then on.
+
+        A rate that passes through it on its way to divergence has not learned anything.
+        """
+        if self.diverged:
+            return None
+        values = [value for _, value in self.accuracies]
+        return next(
+            (
+                step
+                for index, (step, value) in enumerate(self.accuracies)
+                if value >= accuracy and fmean(values[index:]) >= accuracy
+            ),
+            None,
+        )
 
 
 def fit(

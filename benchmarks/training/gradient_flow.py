@@ -41,7 +41,8 @@ class GradientFlow(Experiment):
     method = (
         f"A plain network of {DEPTH} linear layers of {WIDTH} with ReLU: the norm of each layer's "
         "weight gradient at the first step and at the last. The control: no batch norm, but the "
-        "initialisation of He et al. (2015), which is made to keep the scale of the signal."
+        "initialisation of He et al. (2015), which is made to keep the scale of the signal. "
+        "Runs that diverged have no last step, and end the curve of the loss."
     )
     limits = (
         "Even gradients at the start are no proof of faster learning, and residual connections "
@@ -50,8 +51,8 @@ class GradientFlow(Experiment):
     )
     sizes: ClassVar = {
         "tiny": {"seeds": 2, "steps": 3, "rate": 0.02},
-        "quick": {"seeds": 5, "steps": 400, "rate": 0.01},
-        "full": {"seeds": 10, "steps": 1500, "rate": 0.01},
+        "quick": {"seeds": 5, "steps": 400, "rate": 0.003},
+        "full": {"seeds": 10, "steps": 1500, "rate": 0.003},
     }
 
     def runs(self, size: Size) -> list[Settings]:
@@ -117,8 +118,9 @@ class GradientFlow(Experiment):
         for variant, style in STYLES.items():
             ends = self._ends(result, variant, "first")
             norms = " and ".join(f"{end.mean:.0e}" for end in ends) if ends else "not finite"
-            accuracy = one_cell(frame(result), variant=variant).test_accuracy.mean()
-            parts.append(f"{style.label}: {norms}, {accuracy:.0%}")
+            runs = one_cell(frame(result), variant=variant)
+            lost = f" ({runs.diverged.sum()} of {len(runs)} diverged)" * bool(runs.diverged.any())
+            parts.append(f"{style.label}: {norms}, {runs.test_accuracy.mean():.0%}{lost}")
         return (
             "The norm of the weight gradient at the first step in the first and in the last layer, "
             "and the test accuracy at the end: " + "; ".join(parts) + "."

@@ -21,7 +21,7 @@ BATCH = 64
 class Task:
     """A network for some data.
 
-    target: the validation accuracy that counts as learned.
+    target: the validation accuracy that counts as learned, if it is kept on average.
     patience: how many times as many epochs it gets, where epochs are short.
     """
 
@@ -51,9 +51,9 @@ TASKS = {
     "cnn": Task("residual CNN, digits", networks.ResidualCNN, data.digits, 0.95),
     "mlp": Task("MLP, digits", networks.MLP, data.digits, 0.95),
     "transformer": Task("transformer, digits", networks.Transformer, data.digits, 0.90),
-    "cancer": Task("MLP, raw cell features", _cancer_mlp, data.cancer, 0.93, 4),
+    "cancer": Task("MLP, raw cell features", _cancer_mlp, data.cancer, 0.90, 4),
     "standardised": Task(
-        "MLP, standardised", _cancer_mlp, lambda: data.cancer(standardised=True), 0.93, 4
+        "MLP, standardised", _cancer_mlp, lambda: data.cancer(standardised=True), 0.90, 4
     ),
 }
 
