@@ -43,7 +43,7 @@ NAMES = {
     TORCH: "torch: nn.BatchNorm",
     CONVERTED: "convert_batchnorm",
     FUSED: "fused: BatchNormAct",
-    CONTROL: "torch, weights one rounding off",
+    CONTROL: "control: one rounding off",
 }
 STYLES = {
     TORCH: figures.named(figures.WITHOUT, NAMES[TORCH]),
@@ -167,7 +167,7 @@ class AgainstTorch(Experiment):
     def table(self, result: dict[str, Any]) -> Table:
         """Losses, accuracy, the verdict with its noise, and the time of a step."""
         heads = ["network", "", "training loss", "test loss", "test accuracy",
-                 "difference from torch (noise): test loss, accuracy",
+                 "test loss − torch's (noise)", "accuracy − torch's (noise)", "equal",
                  "time of a step"]  # fmt: skip
         rows = []
         records = frame(result)
@@ -176,20 +176,19 @@ class AgainstTorch(Experiment):
             for variant, name in NAMES.items():
                 runs = one_cell(records, task=task, variant=variant)
                 last = statistics.fmean(statistics.fmean(losses[-10:]) for losses in runs.losses)
-                difference, time = "", ""
-                if variant in timings:
-                    time = time_text(timings[variant]["median"])
+                row = [TASKS[task].label.split(",")[0], name, f"{last:.4f}",
+                       f"{runs.test_loss.mean():.4f}", f"{runs.accuracy.mean():.2%}"]  # fmt: skip
                 if variant in COMPARED:
                     found = judge(records, task, variant)
                     loss, accuracy = found["test_loss"], found["accuracy"]
-                    difference = (
-                        f"{loss['difference']:+.4f} ({loss['noise']:.4f}), "
-                        f"{accuracy['difference']:+.2%} ({accuracy['noise']:.2%}): "
-                        + ("equal" if found["equal"] else "NOT equal")
-                    )
-                    time += f" ({speedup(timings, TORCH, variant)})"
-                rows.append([TASKS[task].label, name, f"{last:.4f}", f"{runs.test_loss.mean():.4f}",
-                             f"{runs.accuracy.mean():.2%}", difference, time])  # fmt: skip
+                    row += [f"{loss['difference']:+.4f} ({loss['noise']:.4f})",
+                            f"{accuracy['difference']:+.2%} ({accuracy['noise']:.2%})",
+                            "yes" if found["equal"] else "NO"]  # fmt: skip
+                else:
+                    row += ["", "", ""]
+                time = time_text(timings[variant]["median"]) if variant in timings else ""
+                gain = f" ({speedup(timings, TORCH, variant)})" if variant in COMPARED else ""
+                rows.append([*row, time + gain])
         return heads, rows
 
     def finding(self, result: dict[str, Any]) -> str:

@@ -90,9 +90,9 @@ def show(experiment: Experiment, result: dict[str, Any], console: Console) -> No
     heads, rows = experiment.table(result)
     table = simple_table(experiment.title)
     for index, head in enumerate(heads):
-        table.add_column(
-            head, justify="left" if index < 2 and not head.startswith("0") else "right"
-        )
+        cell = rows[0][index]
+        names = bool(cell) and not any(letter.isdigit() for letter in cell[:3])
+        table.add_column(head, justify="left" if names else "right", no_wrap=names)
     for row in rows:
         table.add_row(*row)
     console.print(table)
