@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo.testing
+from networks import KINDS, Checkpointed, Network, assert_same, gradients, images
 from torch import Tensor, nn
 
 import batchnorm_ext as bx
@@ -219,3 +221,55 @@ def test_activation_names_are_specialised() -> None:
     for name in functional.ACTIVATIONS:
         if name != "gelu_tanh":
             assert torch.equal(compiled(x, name), function(x, name))
+
+
+# ---- whole networks, beside torch's ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_become_dynamic_by_themselves(kind: str) -> None:
+    """Without dynamic=True: the first size, then one graph for every batch and resolution.
+
+    Nor does the counter of the batches, read for the cumulative average, ask for another graph.
+    """
+    model = Network(kind, momentum=None).double()
+    counter = torch._dynamo.testing.CompileCounter()
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, backend=counter, fullgraph=True)
+    for n, size in [(4, (6, 5)), (7, (9, 8)), (3, (5, 11)), (9, (4, 7))]:
+        x = nn.functional.interpolate(images(n, n), size)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 2
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_checkpoint(backend: str) -> None:
+    """Gradients as in eager mode; the statistics move once, as torch's do when compiled."""
+    models = [Checkpointed(kind).double() for kind in ("fused", "torch", "fused")]
+    for model in models[:2]:
+        torch.compile(model, backend=backend, fullgraph=True)(images(0)).square().sum().backward()
+    models[2](images(0)).square().sum().backward()
+    assert_same(models[0], models[1])
+    torch.testing.assert_close(gradients(models[0]), gradients(models[2]))
+    for model, count in zip(models, (1, 1, 2), strict=True):
+        assert model.get_buffer("second.num_batches_tracked").item() == count
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_program_saved_and_loaded(
+    kind: str, momentum: float | None, training: bool
+) -> None:
+    """With a batch of any size; it keeps its running statistics as the module does."""
+    model = Network(kind, momentum=momentum).double().train(training)
+    sizes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(copy.deepcopy(model), (images(0),), dynamic_shapes=sizes)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for n in (5, 9):
+        torch.testing.assert_close(loaded(images(n, n)), model(images(n, n)))
+    torch.testing.assert_close(dict(loaded.named_buffers()), dict(model.named_buffers()))
