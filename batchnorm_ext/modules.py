@@ -130,8 +130,10 @@ class BatchNorm1d(_DropIn, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`, computed by this package.
 
     Constructor, state_dict, repr, semantics and errors are torch's. Because it is a subclass, the
-    tools that look for torch's batch norm (DDP, FSDP, `convert_sync_batchnorm`,
-    `swa_utils.update_bn`, conv-bn folding) treat it as one.
+    tools that ask for torch's batch norm by `isinstance`, or are given one (DDP, FSDP,
+    `convert_sync_batchnorm`, `swa_utils.update_bn`, `fuse_conv_bn_eval`), treat it as one. Those
+    that compare the exact class do not: `torch.fx.experimental.optimization.fuse` leaves it where
+    it is, `torch.ao.quantization.fuse_modules` refuses it. `revert_batchnorm` before these.
 
     Formula: see the head of this module; `activation` is the identity and there is no residual.
 
@@ -260,7 +262,8 @@ class BatchNormAct1d(_BatchNormAct):
     Shapes: (N, C) or (N, C, L); `residual` and the output have the input's shape, and
     `residual` may have any strides.
 
-    Dtypes: as in `BatchNorm1d`; `residual` has the input's dtype.
+    Dtypes: as in `BatchNorm1d`; `residual` has the input's dtype. Torch's `+` would promote where
+    they differ, as they may under autocast: `module(x, shortcut.to(x.dtype))`.
 
     Errors: those of `BatchNorm1d`, `ValueError` for an unknown activation, an error for a
     residual of another shape or dtype, and `TypeError` for `bias=False` where torch's own
@@ -271,7 +274,8 @@ class BatchNormAct1d(_BatchNormAct):
 
     It is a `torch.nn.Module` but not one of torch's `_BatchNorm`: `convert_sync_batchnorm`
     leaves it as it is (statistics stay local to the process), and so do `swa_utils.update_bn`
-    and `functorch`'s batch norm replacement.
+    and `functorch`'s batch norm replacement. `fuse_conv_bn_eval` asks no questions: it folds the
+    normalisation into the convolution, and the activation has to be applied to what that returns.
 
     Source: Ioffe and Szegedy (2015); the documentation of `torch.nn.BatchNorm1d` and of the
     activations in `torch.nn`.

@@ -362,3 +362,10 @@ def test_folding_into_convolutions() -> None:
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     for other in (untouched, folded, fuse_conv_bn_eval(conv, norm)):
         torch.testing.assert_close(other(images(0)), expected)
+
+
+def test_folding_a_fused_module_leaves_the_activation_to_the_caller() -> None:
+    conv = nn.Conv2d(3, CHANNELS, 3).double().eval()
+    norm: Any = Network("fused").double().eval().first
+    folded = fuse_conv_bn_eval(conv, norm)
+    torch.testing.assert_close(folded(images(0)).relu(), norm(conv(images(0))))
