@@ -3,12 +3,14 @@
 `batch_norm` is `torch.nn.functional.batch_norm` with an optional residual and activation;
 `BatchNorm1d/2d/3d` and `LazyBatchNorm1d/2d/3d` replace the modules of the same name in
 `torch.nn`; `BatchNormAct1d/2d/3d` fuse an activation; `convert_batchnorm` and
-`revert_batchnorm` exchange the modules of a whole model.
+`revert_batchnorm` exchange the modules of a whole model; `fuse_batchnorm` and `unfuse_batchnorm`
+join its batch norms with the activations and adds that follow, `fusion_report` says which.
 """
 
 from batchnorm_ext._version import __version__
 from batchnorm_ext.convert import convert_batchnorm, revert_batchnorm
 from batchnorm_ext.functional import batch_norm
+from batchnorm_ext.fuse import FusionReport, fuse_batchnorm, fusion_report, unfuse_batchnorm
 from batchnorm_ext.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -28,11 +30,15 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "FusionReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "__version__",
     "batch_norm",
     "convert_batchnorm",
+    "fuse_batchnorm",
+    "fusion_report",
     "revert_batchnorm",
+    "unfuse_batchnorm",
 ]

@@ -41,8 +41,11 @@ PACKAGE_LAYERS = {
     "functional": {"ops"},
     "modules": {"functional"},
     "convert": {"modules"},
+    "trace": set[str](),
+    "joined": {"functional", "modules", "trace"},
+    "fuse": {"convert", "joined", "modules", "trace"},
     "reference": set[str](),
-    "__init__": {"_version", "ops", "functional", "modules", "convert"},
+    "__init__": {"_version", "ops", "functional", "modules", "convert", "fuse"},
     "plan": {"_C"},
     "__main__": {"__init__", "_C", "_version", "plan"},
 }
