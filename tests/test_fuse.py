@@ -1,0 +1,785 @@
+"""Fusing whole models: what is fused and what is left, and that the model stays what it was."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import batchnorm_ext as bx
+from batchnorm_ext import joined
+
+# --- models, small but in the forms that are in use --------------------------------------------
+
+
+def conv(a: int, b: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(a, b, size, stride, size // 2, groups=groups, bias=False)
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, a: int, b: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(a, b, stride=stride), nn.BatchNorm2d(b)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = conv(b, b), nn.BatchNorm2d(b)
+        self.downsample = (
+            nn.Sequential(conv(a, b, 1, stride), nn.BatchNorm2d(b)) if stride > 1 else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, a: int, b: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(a, b, 1), nn.BatchNorm2d(b)
+        self.conv2, self.bn2 = conv(b, b, 3, stride), nn.BatchNorm2d(b)
+        self.conv3, self.bn3 = conv(b, 4 * b, 1), nn.BatchNorm2d(4 * b)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut, self.bn_s = conv(a, 4 * b, 1, stride), nn.BatchNorm2d(4 * b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.bn_s(self.shortcut(x))
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        out = torch.add(out, identity)
+        return out.relu_()
+
+
+class ResNet(nn.Module):
+    def __init__(self, *blocks: nn.Module, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.layers = nn.Sequential(*blocks)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(width, 2, 1), nn.Conv2d(2, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.hardsigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class Inverted(nn.Module):
+    """MobileNetV3's and EfficientNet's block: no activation after the add."""
+
+    def __init__(self, width: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(conv(width, 8, 1), nn.BatchNorm2d(8), activation())
+        self.depthwise, self.bn1 = conv(8, 8, groups=8), nn.BatchNorm2d(8, momentum=0.01)
+        self.act, self.se = activation(), SqueezeExcite(8)
+        self.project, self.bn2 = conv(8, width, 1), nn.BatchNorm2d(width, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.se(self.act(self.bn1(self.depthwise(self.expand(x)))))
+        return x + self.bn2(self.project(y))
+
+
+class DenseLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(width), conv(width, 4, 1)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4), conv(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.norm1(x)))
+        return torch.cat([x, self.conv2(torch.relu(self.norm2(y)))], 1)
+
+
+def double_conv(a: int, b: int) -> nn.Sequential:
+    relu = nn.LeakyReLU(0.2, inplace=True)  # one object at two places
+    return nn.Sequential(conv(a, b), nn.BatchNorm2d(b), relu, conv(b, b), nn.BatchNorm2d(b), relu)
+
+
+class UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([double_conv(3, 4), double_conv(4, 8)])
+        self.up, self.merge = nn.ConvTranspose2d(8, 4, 2, 2), double_conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down[0](x)
+        y = self.up(self.down[1](F.max_pool2d(skip, 2)))
+        return self.merge(torch.cat([skip, y], 1))
+
+
+class Volume(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 4, 3, padding=1)
+        self.norms = nn.ModuleDict({"a": nn.BatchNorm3d(4), "b": nn.BatchNorm3d(4)})
+        self.act = nn.ELU(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norms["a"](self.conv(x)))
+        y = F.gelu(self.norms["b"](y), approximate="tanh")
+        return F.elu(y, 2.0)
+
+
+def mlp() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for activation in (nn.ReLU6(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Identity()):
+        layers += [nn.Linear(6, 6), nn.BatchNorm1d(6, affine=len(layers) > 0), activation]
+    return nn.Sequential(*layers)
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.bn = BasicBlock(3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return F.relu(self.bn(x)) if x.mean() > -1e9 else x
+
+
+IMAGE, VOLUME, ROWS = (4, 3, 8, 8), (4, 2, 4, 4, 4), (16, 6)
+
+#: The model, its input, and how many places are fused (of them with a residual), unpaired, refused.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int, int, int]]] = {
+    "resnet18": (
+        lambda: ResNet(BasicBlock(4, 4), BasicBlock(4, 8, 2), width=8),
+        IMAGE,
+        (5, 2, 1, 0),
+    ),
+    "resnet50": (
+        lambda: ResNet(Bottleneck(4, 4), Bottleneck(16, 4, 2), width=16),
+        IMAGE,
+        (7, 2, 2, 0),
+    ),
+    "mobilenetv3": (
+        lambda: nn.Sequential(Inverted(3, nn.Hardswish), Inverted(3, nn.ReLU)),
+        IMAGE,
+        (6, 2, 0, 0),
+    ),
+    "efficientnet": (lambda: Inverted(3, nn.SiLU), IMAGE, (3, 1, 0, 0)),
+    "densenet": (
+        lambda: nn.Sequential(DenseLayer(3), DenseLayer(5), nn.BatchNorm2d(7), nn.ReLU()),
+        IMAGE,
+        (5, 0, 0, 0),
+    ),
+    "unet": (UNet, IMAGE, (6, 0, 0, 0)),
+    "volume": (Volume, VOLUME, (2, 0, 0, 0)),
+    "mlp": (mlp, ROWS, (4, 0, 1, 0)),
+    "data dependent": (DataDependent, IMAGE, (2, 1, 0, 1)),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The model in float64, with affine parameters that are not 1 and 0, and an input."""
+    make, shape, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = make().double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model, torch.randn(shape, dtype=torch.float64)
+
+
+def two_steps(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Outputs, input and parameter gradients of two training steps, buffers, the output in eval."""
+    results = []
+    model.train()
+    for step in range(2):
+        leaf = (x + step).requires_grad_()
+        y = model(leaf * 1.0)  # not a leaf, so that it may be written to
+        model.zero_grad()
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        assert leaf.grad is not None
+        gradients = {n: p.grad for n, p in sorted(model.named_parameters()) if p.grad is not None}
+        results += [y.detach(), leaf.grad, *gradients.values()]
+    results += [b.clone() for _, b in sorted(model.named_buffers())]
+    with torch.no_grad():
+        results.append(model.eval()(x))
+    return results
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """To rounding. float64 leaves 1e-16, which a few layers and small batches' 1 / std magnify.
+
+    A true gradient of zero (a bias before a batch norm) is rounding alone: hence the absolute part.
+    """
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# --- the same results, and the same model -------------------------------------------------------
+
+
+def test_results_are_the_same(name: str) -> None:
+    model, x = build(name)
+    expected = two_steps(copy.deepcopy(model), x)
+    assert bx.fuse_batchnorm(model) is model
+    assert_same(two_steps(model, x), expected)
+
+
+def test_float32_channels_last() -> None:
+    model, x = build("resnet18")
+    fused = bx.fuse_batchnorm(copy.deepcopy(model))
+    settings: dict[str, Any] = {"dtype": torch.float32, "memory_format": torch.channels_last}
+    y = fused.to(**settings).eval()(x.to(**settings))
+    # u = 6e-8, a dozen roundings per layer, twelve layers deep.
+    torch.testing.assert_close(y, model.eval()(x).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_report(name: str) -> None:
+    model, _ = build(name)
+    before = bx.fusion_report(model)
+    counts = len(before.fused), sum(f.residual for f in before.fused)
+    assert (*counts, len(before.unpaired), len(before.refused)) == MODELS[name][2]
+    paths = {path for path, _ in model.named_modules()}
+    assert {entry.norm for kind in before for entry in kind} <= paths
+    assert bx.fusion_report(bx.fuse_batchnorm(model)) == before
+    assert bx.fusion_report(bx.unfuse_batchnorm(model)) == before
+    assert len(str(before).splitlines()) == sum(map(len, before))
+
+
+def test_the_kernels_are_called_that_often(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(name)
+    bx.fuse_batchnorm(model)
+    calls: list[tuple[bool, str]] = []
+    forward = joined._forward
+
+    def counted(norm: Any, input: Tensor, residual: Any, activation: str, param: float) -> Tensor:
+        calls.append((residual is not None, activation))
+        return forward(norm, input, residual, activation, param)
+
+    monkeypatch.setattr(joined, "_forward", counted)
+    model(x)
+    expected = [(f.residual, f.activation) for f in bx.fusion_report(model).fused]
+    assert sorted(calls) == sorted(expected)
+
+
+def test_the_model_stays_what_it_was(name: str) -> None:
+    model, _ = build(name)
+    modules, classes = dict(model.named_modules()), [type(m) for m in model.modules()]
+    tensors = {k: id(v) for k, v in [*model.named_parameters(), *model.named_buffers()]}
+    keys = list(model.state_dict())
+    bx.fuse_batchnorm(model)
+    assert dict(model.named_modules()) == modules
+    assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
+    assert {k: id(v) for k, v in [*model.named_parameters(), *model.named_buffers()]} == tensors
+    assert list(model.state_dict()) == keys
+    once = [type(m) for m in model.modules()]
+    assert once != classes
+    bx.fuse_batchnorm(model)
+    assert [type(m) for m in model.modules()] == once
+    bx.unfuse_batchnorm(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_unfused_is_the_original_to_the_bit(name: str) -> None:
+    model, x = build(name)
+    expected = two_steps(copy.deepcopy(model), x)
+    actual = two_steps(bx.unfuse_batchnorm(bx.fuse_batchnorm(model)), x)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_checkpoints_both_ways() -> None:
+    plain, x = build("resnet50")
+    fused = bx.fuse_batchnorm(copy.deepcopy(plain))
+    two_steps(fused, x)
+    plain.load_state_dict(fused.state_dict())
+    assert_same([plain.eval()(x)], [fused.eval()(x)])
+    two_steps(plain, x)
+    fused.load_state_dict(plain.state_dict())
+    assert_same([fused.eval()(x)], [plain.eval()(x)])
+
+
+def test_copies_and_pickles(name: str) -> None:
+    model, x = build(name)
+    bx.fuse_batchnorm(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(other.eval()(x), model.eval()(x))
+        assert bx.fusion_report(other) == bx.fusion_report(model)
+    separate = copy.deepcopy(model)
+    two_steps(separate, x)
+    assert not all(map(torch.equal, separate.buffers(), model.buffers()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet", "volume", "unet", "mlp"])
+def test_traced_by_fx(name: str) -> None:
+    model, x = build(name)
+    bx.fuse_batchnorm(model)
+    traced = fx.symbolic_trace(copy.deepcopy(model))
+    count = sum(node.target is joined.norm_act for node in traced.graph.nodes)
+    assert count == len(bx.fusion_report(model).fused)
+    assert_same(two_steps(traced, x), two_steps(model, x))
+    if name != "unet":  # fx does not pickle a graph with annotations like those of this file
+        again = pickle.loads(pickle.dumps(traced))
+        assert torch.equal(again(x), traced(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet", "unet"])
+def test_compiled_as_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    model, x = build(name)
+    bx.fuse_batchnorm(model)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    assert_same(two_steps(compiled, x), two_steps(model, x))
+    torch._dynamo.reset()
+
+
+# --- one place ----------------------------------------------------------------------------------
+
+
+class Site(nn.Module):
+    """conv -> bn -> whatever `then` does with the module, the output, and the input."""
+
+    def __init__(self, then: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.act, self.gate = nn.ReLU(), nn.Parameter(torch.randn(3, 1, 1))
+        self.scale = nn.Buffer(torch.ones(3, 1, 1))
+        self.seen: list[Any] = []
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self, self.bn(self.conv(x)), x)
+
+
+def outcome(model: nn.Module, shape: tuple[int, ...] = IMAGE) -> bx.FusionReport:
+    """Check results against the model as it was; the report."""
+    model = model.double()
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = two_steps(copy.deepcopy(model), x)
+    bx.fuse_batchnorm(model)
+    assert_same(two_steps(model, x), expected)
+    return bx.fusion_report(model)
+
+
+@pytest.mark.parametrize(
+    ("then", "activation", "residual"),
+    [
+        (lambda m, y, x: torch.relu(y), "relu", False),
+        (lambda m, y, x: torch.relu_(y), "relu", False),
+        (lambda m, y, x: y.relu(), "relu", False),
+        (lambda m, y, x: F.relu6(y), "relu6", False),
+        (lambda m, y, x: F.leaky_relu(y), "leaky_relu", False),
+        (lambda m, y, x: F.leaky_relu(y, 0.3), "leaky_relu", False),
+        (lambda m, y, x: F.leaky_relu_(y, negative_slope=0.3), "leaky_relu", False),
+        (lambda m, y, x: F.elu(y, alpha=0.3, inplace=True), "elu", False),
+        (lambda m, y, x: F.silu(y, inplace=True), "silu", False),
+        (lambda m, y, x: F.gelu(y), "gelu", False),
+        (lambda m, y, x: F.gelu(y, approximate="tanh"), "gelu_tanh", False),
+        (lambda m, y, x: F.hardswish(y), "hardswish", False),
+        (lambda m, y, x: y + x, "identity", True),
+        (lambda m, y, x: m.act(x + y), "relu", True),
+        (lambda m, y, x: y.add(x).relu(), "relu", True),
+        (lambda m, y, x: y.add_(x).relu_(), "relu", True),
+        (lambda m, y, x: F.silu(operator.iadd(y, x)), "silu", True),
+        (lambda m, y, x: (lambda z: z * F.relu(z))(y + x), "identity", True),
+        (lambda m, y, x: m.act(y + m.gate), "relu", True),  # broadcast: added separately
+        (lambda m, y, x: m.act(y + m.scale), "relu", True),
+        (lambda m, y, x: m.act(y + x[:, :1]), "relu", True),
+        (lambda m, y, x: m.act(y + x.float()), "relu", True),
+        (lambda m, y, x: m.act(y + x.transpose(2, 3)), "relu", True),
+        (lambda m, y, x: m.act(y + x.shape[0]), "relu", True),  # a number
+    ],
+)
+def test_fused_forms(then: Callable[..., Any], activation: str, residual: bool) -> None:
+    report = outcome(Site(then))
+    assert report.fused == (("", "bn", activation, residual),)
+
+
+class Frozen:
+    """What a forward does besides computing."""
+
+    @staticmethod
+    def appends(m: Any, y: Any, x: Any) -> Any:
+        m.seen.append(y)
+        return F.relu(y)
+
+    @staticmethod
+    def assigns(m: Any, y: Any, x: Any) -> Any:
+        m.last = y.shape
+        return F.relu(y)
+
+    @staticmethod
+    def draws(m: Any, y: Any, x: Any) -> Any:
+        return F.relu(y) if torch.rand(()) < 2 else y
+
+    @staticmethod
+    def no_grad(m: Any, y: Any, x: Any) -> Any:
+        with torch.no_grad():
+            z = x * 2
+        return F.relu(y) + z
+
+    @staticmethod
+    def no_autocast(m: Any, y: Any, x: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return F.relu(y)
+
+    @staticmethod
+    def asks_type(m: Any, y: Any, x: Any) -> Any:
+        return F.relu(y) if isinstance(x, Tensor) else y
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        (lambda m, y, x: F.relu(y) + y, "used in 2 places"),
+        (lambda m, y, x: F.relu(y) if m.training else y, "training or the gradient mode"),
+        (lambda m, y, x: F.dropout(F.relu(y), 0.0, m.training), "training or the gradient mode"),
+        (lambda m, y, x: F.relu(y) if torch.is_grad_enabled() else y.clamp(0), "gradient mode"),
+        (lambda m, y, x: F.relu(y) if x.sum() < 1e9 else y, "can't be traced"),
+        (lambda m, y, x: F.relu(y) + torch.ones(3, 1, 1), "neither parameter nor buffer"),
+        (Frozen.appends, "assigns to seen"),
+        (Frozen.assigns, "assigns to last"),
+        (Frozen.draws, "random numbers"),
+        (Frozen.no_grad, "gradient or autocast mode"),
+        (Frozen.no_autocast, "gradient or autocast mode"),
+        (Frozen.asks_type, "type of an argument"),
+    ],
+)
+def test_refused_forms(then: Callable[..., Any], reason: str) -> None:
+    model = Site(then)
+    state, attributes = torch.get_rng_state(), dict(vars(model))
+    report = bx.fusion_report(model)
+    assert torch.equal(torch.get_rng_state(), state) and vars(model) == attributes
+    assert not report.fused and any(reason in left.reason for left in report.refused)
+    assert not model.seen
+    outcome(model)
+
+
+class Ordered(nn.Module):
+    """Something happens between the batch norm and the add."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source, self.bn, self.relu = source, nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = self.bn(self.source(x))
+        return F.silu(y + self.relu(x))
+
+
+@pytest.mark.parametrize(
+    ("source", "fused"),
+    [(nn.Conv2d(3, 3, 1), True), (nn.Dropout(0.0), False)],
+    ids=["conv", "drop"],
+)
+def test_the_order_is_kept(source: nn.Module, fused: bool) -> None:
+    """Dropout hands its input through in eval, where the ReLU then writes to it."""
+    model, x = Ordered(source).double().eval(), images()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(bx.fuse_batchnorm(model)(x), expected)
+    report = bx.fusion_report(model)
+    assert len(report.fused) == fused
+    assert fused or "relu comes between" in report.refused[0].reason
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor, *, skip: Tensor | None = None) -> Tensor:
+        y = self.bn(x)
+        return F.relu(y if skip is None else y + skip)
+
+
+class Plain(Optional):
+    def forward(self, x: Tensor, *, skip: Tensor | None = None) -> Tensor:
+        return F.relu(self.bn(x) + skip)
+
+
+def test_optional_arguments() -> None:
+    assert "whether skip is None" in bx.fusion_report(Optional()).refused[0].reason
+    model, x = bx.fuse_batchnorm(Plain()), torch.randn(IMAGE)
+    assert len(bx.fusion_report(model).fused) == 1
+    torch.testing.assert_close(
+        model(x, skip=x), F.relu(F.batch_norm(x, None, None, training=True) + x)
+    )
+    with pytest.raises(TypeError):
+        model(x)
+
+
+# --- what is done to the model afterwards -------------------------------------------------------
+
+
+def small() -> Any:  # attributes of its children are reached by name
+    return nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU(), BasicBlock(3, 3)
+    ).double()
+
+
+def images() -> Tensor:
+    return torch.randn(IMAGE, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("path", ["1", "2", "3.bn1", "3.relu", "3.bn2"])
+@pytest.mark.parametrize("late", [True, False])
+def test_hooks_run(path: str, late: bool) -> None:
+    model, x = small(), images()
+    expected = two_steps(copy.deepcopy(model), x)
+    calls: list[str] = []
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        calls.append(path)
+
+    if not late:
+        model.get_submodule(path).register_forward_hook(hook)
+        report = bx.fusion_report(model)
+        assert report.refused and all("hooks" in left.reason for left in report.refused)
+    bx.fuse_batchnorm(model)
+    if late:
+        model.get_submodule(path).register_forward_hook(hook)
+    assert_same(two_steps(model, x), expected)
+    assert len(calls) == (6 if path == "3.relu" else 3)
+
+
+def test_backward_and_global_hooks_run() -> None:
+    model, x, calls = bx.fuse_batchnorm(small()), images(), []
+    model[1].register_full_backward_hook(lambda *_: calls.append("backward"))
+    model(x).sum().backward()
+    assert calls == ["backward"]
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        model(x)
+    finally:
+        handle.remove()
+    assert {type(m) for m in seen} >= {bx.BatchNorm2d, nn.SiLU, nn.ReLU}
+    assert sum(isinstance(m, bx.BatchNorm2d) for m in seen) == 3
+
+
+@pytest.mark.parametrize("change", ["activation", "unknown", "norm", "reverted", "alpha"])
+def test_exchanged_modules_are_followed(change: str) -> None:
+    model, x = small(), images()
+    model[2] = nn.ELU()
+    bx.fuse_batchnorm(model)
+    bn = model[1]
+    if change == "activation":
+        model[2] = model[3].relu = nn.Hardswish()
+    elif change == "unknown":
+        model[2] = model[3].relu = nn.Tanh()
+    elif change == "norm":
+        model[1] = model[3].bn2 = nn.GroupNorm(3, 3).double()
+    elif change == "alpha":
+        model[2].alpha = 0.3
+    else:
+        bx.revert_batchnorm(model)
+        assert type(bn) is nn.BatchNorm2d
+    y = model(x)
+    torch.testing.assert_close(bx.unfuse_batchnorm(model)(x), y)
+
+
+def test_used_piecewise_nothing_is_applied_twice() -> None:
+    """Slices, iteration and single calls see modules that do their own part only."""
+    model, x = small().eval(), images()
+    expected = model(x)
+    bx.fuse_batchnorm(model)
+    assert type(model).__name__ == "FusedSequential"
+    assert type(model[:2]) is nn.Sequential and len(model[1:]) == 3
+    torch.testing.assert_close(model[2:](model[:2](x)), expected)
+    y = x
+    for layer in model:
+        y = layer(y)
+    torch.testing.assert_close(y, expected)
+
+
+def test_mode_follows_and_dtype_and_requires_grad() -> None:
+    model, x = bx.fuse_batchnorm(small()), images()
+    before = model[1].running_mean.clone()
+    model.eval()(x)
+    assert torch.equal(model[1].running_mean, before)
+    model.train()(x)
+    assert not torch.equal(model[1].running_mean, before)
+    model[3].requires_grad_(False)
+    model(x).sum().backward()
+    assert model[3].bn1.weight.grad is None and model[1].weight.grad is not None
+    assert model.float()(x.float()).dtype == torch.float32
+
+
+def test_new_instances_of_a_fused_class_are_plain() -> None:
+    block = bx.fuse_batchnorm(BasicBlock(3, 3))
+    assert type(block).__name__ == "FusedBasicBlock" and isinstance(block, BasicBlock)
+    assert type(type(block)(3, 4)) is BasicBlock
+
+
+# --- which modules ------------------------------------------------------------------------------
+
+
+class OwnNorm(nn.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize("make", [OwnNorm, nn.SyncBatchNorm])
+def test_other_batch_norms_are_left_and_named(
+    make: Callable[[int], nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(make(3), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU())
+    with caplog.at_level(logging.INFO, "batchnorm_ext"):
+        bx.fuse_batchnorm(model)
+    assert type(model[0]) is make and type(model[2]) is bx.BatchNorm2d
+    report = bx.fusion_report(model)
+    assert [f.norm for f in report.fused] == ["2"]
+    assert make.__qualname__ in report.refused[0].reason
+    texts = [r.getMessage() for r in caplog.records]
+    assert "batch norm calls fused: 1" in texts
+    assert any(t.startswith("batch norm calls not fused: 0 (it is a") for t in texts)
+
+
+def test_modules_that_cannot_be_given_a_class() -> None:
+    class Registered(BasicBlock):
+        def __init_subclass__(cls) -> None:
+            raise AssertionError("derived")
+
+    class Reduced(BasicBlock):
+        def __reduce__(self) -> Any:
+            return (BasicBlock, (3, 3))
+
+    patched = BasicBlock(3, 3)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    parametrized = BasicBlock(3, 3)
+    parametrized.scale = nn.Parameter(torch.ones(3))
+    nn.utils.parametrize.register_parametrization(parametrized, "scale", nn.Identity())
+    cases = {
+        "__init_subclass__": Registered(3, 3),
+        "pickled": Reduced(3, 3),
+        "forward of its own": patched,
+        "parametrized": parametrized,
+    }
+    for reason, block in cases.items():
+        model = nn.Sequential(block, nn.BatchNorm2d(3), nn.ReLU())
+        classes = type(block)
+        report = bx.fusion_report(bx.fuse_batchnorm(model))
+        assert [left.norm for left in report.refused] == ["0.bn1", "0.bn2"]
+        assert all(
+            left.reason.startswith("0: ") and reason in left.reason for left in report.refused
+        )
+        assert type(block) is classes and len(report.fused) == 1
+
+
+class Shared(nn.Module):
+    """One batch norm called at two places in different ways, and one block used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.block = conv(3, 3), nn.BatchNorm2d(3), BasicBlock(3, 3)
+        self.tail = nn.Sequential(self.bn, nn.Hardswish(), self.block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.bn(self.conv(x)))
+        return self.block(y) + self.bn(y)
+
+
+def test_shared_modules() -> None:
+    model = nn.Sequential(Shared(), BasicBlock(3, 3))
+    model.append(model[1])
+    report = outcome(model)
+    sites = [(f.module, f.norm, f.activation) for f in report.fused]
+    assert sites == [
+        ("0", "0.bn", "silu"),
+        ("0", "0.bn", "identity"),
+        ("0.block", "0.block.bn1", "relu"),
+        ("0.block", "0.block.bn2", "relu"),
+        ("1", "1.bn1", "relu"),
+        ("1", "1.bn2", "relu"),
+    ]
+
+
+def test_lazy_parametrized_and_own_norms() -> None:
+    x = torch.randn(IMAGE)
+    norms = [nn.LazyBatchNorm2d(), nn.BatchNorm2d(3), bx.BatchNorm2d(3)]
+    nn.utils.parametrize.register_parametrization(norms[1], "weight", nn.Softplus())
+    for norm in norms:
+        model = bx.fuse_batchnorm(nn.Sequential(norm, nn.ReLU()))
+        assert len(bx.fusion_report(model).fused) == 1
+        for _ in range(2):
+            y = model(x)
+        expected = F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))
+        torch.testing.assert_close(y, expected)
+
+
+def test_identities_drop_out_and_nothing_to_do() -> None:
+    class WithIdentity(Site):
+        def __init__(self) -> None:
+            super().__init__(lambda m, y, x: m.act(m.drop(y)))
+            self.drop = nn.Identity()
+
+    assert len(outcome(WithIdentity()).fused) == 1
+    for model in (nn.Linear(2, 2), nn.BatchNorm2d(3), nn.ModuleList([nn.BatchNorm2d(3)])):
+        assert bx.fuse_batchnorm(model) is model
+        assert not bx.fusion_report(model).fused
+    assert str(bx.fusion_report(nn.Linear(2, 2))) == "no batch norm"
+
+
+def test_autocast_and_no_grad_around_the_model() -> None:
+    model = bx.fuse_batchnorm(ResNet(BasicBlock(4, 4), width=4)).eval()
+    plain = bx.unfuse_batchnorm(copy.deepcopy(model))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, expected = model(torch.ones(IMAGE)), plain(torch.ones(IMAGE))
+    assert y.dtype == expected.dtype == torch.bfloat16
+    # Six roundings to bfloat16 (4e-3 each) on the way, at other places than torch's.
+    torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+
+
+# --- other people's models ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "fused", "unpaired", "refused"),
+    [
+        ("torchvision", "resnet18", 17, 3, 0),
+        ("torchvision", "resnet50", 49, 4, 0),
+        ("torchvision", "mobilenet_v3_small", 23, 11, 0),
+        ("torchvision", "densenet121", 4, 1, 116),  # its layers ask for the type of their input
+        ("torchvision", "shufflenet_v2_x1_0", 37, 19, 0),
+        ("torchvision", "vgg11_bn", 8, 0, 0),
+        ("timm", "resnet26d", 27, 4, 0),
+        ("timm", "mobilenetv3_small_050", 0, 0, 34),  # BatchNormAct2d, a class of timm's
+    ],
+)
+def test_published_models(package: str, name: str, fused: int, unpaired: int, refused: int) -> None:
+    library = pytest.importorskip(package)
+    models = library.models if package == "torchvision" else library
+    make = models.get_model if package == "torchvision" else models.create_model
+    model = make(name, num_classes=4).double()
+    for module in model.modules():  # its random numbers would be drawn in the same order, but
+        if isinstance(module, nn.Dropout):  # not in the two runs that are compared
+            module.p = 0.0
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    report = bx.fusion_report(model)
+    assert tuple(map(len, report)) == (fused, unpaired, refused)
+    expected = two_steps(copy.deepcopy(model), x)
+    bx.fuse_batchnorm(model)
+    actual = two_steps(model, x)
+    for a, e in zip(actual, expected, strict=True):
+        # As assert_same, but fifty layers deep: 1e-16 grows to 1e-9 at most in the gradients.
+        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
