@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import operator
 import pickle
 import random
 import sys
@@ -58,7 +59,40 @@ def _calls(graph: fx.Graph) -> list[tuple[str, Any]]:
     return [(node.op, node.target) for node in graph.nodes]
 
 
-class _TensorProxy(fx.Proxy):
+def _in_place(name: str) -> Any:
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return record
+
+
+class _InPlace:
+    """`x += y` recorded as such: fx has `x = x + y` for it, which writes to nothing."""
+
+    __iadd__, __isub__, __imul__ = _in_place("iadd"), _in_place("isub"), _in_place("imul")
+    __itruediv__, __ifloordiv__ = _in_place("itruediv"), _in_place("ifloordiv")
+    __imod__, __ipow__, __iand__ = _in_place("imod"), _in_place("ipow"), _in_place("iand")
+    __ior__, __ixor__ = _in_place("ior"), _in_place("ixor")
+    __ilshift__, __irshift__ = _in_place("ilshift"), _in_place("irshift")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):  # what a proxy itself has
+            raise Refused(f"its forward assigns to the attribute {name} of a tensor")
+        super().__setattr__(name, value)
+
+
+class _Attribute(_InPlace, fx.proxy.Attribute):
+    """A proxy for `x.name`."""
+
+
+class _Proxy(_InPlace, fx.Proxy):
+    """A proxy for a tensor."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+
+class _TensorProxy(_Proxy):
     """A proxy that is an instance of Tensor to whoever asks."""
 
     __class__ = property(lambda self: Tensor)
@@ -83,7 +117,7 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _TensorProxy(node, self) if self.posing else super().proxy(node)
+        return _TensorProxy(node, self) if self.posing else _Proxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         if _modes() != self.modes:

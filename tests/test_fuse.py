@@ -414,6 +414,52 @@ def test_fused_forms(then: Callable[..., Any], activation: str, residual: bool) 
     assert report.fused == (("", "bn", activation, residual),)
 
 
+def test_of_two_batch_norms_the_later_takes_the_add() -> None:
+    report = bx.fusion_report(Bottleneck(4, 4))
+    assert [f.norm for f in report.fused] == ["bn1", "bn2", "bn3"]
+    assert [left.norm for left in report.unpaired] == ["bn_s"]
+
+
+def into_another(m: Any, y: Any, x: Any) -> Any:
+    z = x * 1.0
+    z += y
+    return F.relu(z)
+
+
+def written_later(m: Any, y: Any, x: Any) -> Any:
+    z = x * 1.0
+    w = z
+    z += y
+    return F.relu(z) + w
+
+
+def view_written(m: Any, y: Any, x: Any) -> Any:
+    z = x * 1.0
+    w = z.mT
+    w *= 2
+    return z - y
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        into_another,
+        written_later,
+        view_written,
+        lambda m, y, x: y + y,
+        lambda m, y, x: y + 1.0,
+        lambda m, y, x: torch.add(y, x, alpha=2),
+        lambda m, y, x: F.conv2d(y, m.conv.weight),
+        lambda m, y, x: torch.sigmoid(y),
+        lambda m, y, x: y,
+    ],
+)
+def test_forms_with_nothing_to_fuse(then: Callable[..., Any]) -> None:
+    """An add that writes to another tensor than the batch norm's output is not taken along."""
+    report = outcome(Site(then))
+    assert not report.fused and "bn" in [left.norm for left in report.unpaired]
+
+
 class Frozen:
     """What a forward does besides computing."""
 
