@@ -46,13 +46,20 @@ def trace_forward(module: nn.Module, cls: type[nn.Module]) -> fx.Graph:
         # To fx a proxy is no Tensor and never None. Forwards that ask take another way here.
         if str(_trace(module, _Tracer(posing=True))) != str(graph):
             raise Refused("its forward depends on the type of an argument")
-        for argument in [node.target for node in graph.nodes if node.op == "placeholder"]:
-            with contextlib.suppress(Refused):  # the usual case: None is no possible value
-                if _calls(_trace(module, _Tracer(none=argument))) != _calls(graph):
-                    break
-        else:
-            return graph
-        raise Refused(f"its forward depends on whether {argument} is None")
+        for node in graph.find_nodes(op="placeholder"):
+            if _goes_another_way_without(str(node.target), module, graph):
+                raise Refused(f"its forward depends on whether {node.target} is None")
+    return graph
+
+
+def _goes_another_way_without(argument: str, module: nn.Module, graph: fx.Graph) -> bool:
+    """Whether the forward is another, or has no graph, where `argument` is None."""
+    try:
+        return _calls(_trace(module, _Tracer(absent=argument))) != _calls(graph)
+    except Refused as refusal:
+        # The usual case: None is no possible value, and whatever is done with it fails. Other
+        # reasons lie on a way that None may take.
+        return not isinstance(refusal.__cause__, (TypeError, AttributeError, AssertionError))
 
 
 def _calls(graph: fx.Graph) -> list[tuple[str, Any]]:
@@ -103,9 +110,9 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, *, posing: bool = False, none: Any = None) -> None:
+    def __init__(self, *, posing: bool = False, absent: str | None = None) -> None:
         super().__init__()
-        self.posing, self.none = posing, none
+        self.posing, self.absent = posing, absent
         self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -123,7 +130,8 @@ class _Tracer(fx.Tracer):
         if _modes() != self.modes:
             raise Refused("its forward changes the gradient or autocast mode")
         proxy = super().create_proxy(kind, target, *args, **kwargs)
-        return None if kind == "placeholder" and target == self.none else proxy
+        absent = kind == "placeholder" and target == self.absent
+        return None if absent else proxy
 
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # isinstance would ask a.__class__, see _TensorProxy

@@ -579,6 +579,24 @@ class Plain(Optional):
         return F.relu(self.bn(x) + skip)
 
 
+class Untraceable(Optional):
+    """Without skip it asks for a value, which a trace does not have."""
+
+    def forward(self, x: Tensor, *, skip: Tensor | None = None) -> Tensor:
+        y = self.bn(x)
+        if skip is None:
+            return F.relu(y) if x.sum() > 0 else y
+        return F.relu(y + skip)
+
+
+def test_an_argument_whose_none_cannot_be_traced() -> None:
+    model = Untraceable()
+    assert "whether skip is None" in bx.fusion_report(model).refused[0].reason
+    x = torch.ones(2, 3, 4, 4)
+    expected = model(x)
+    torch.testing.assert_close(bx.fuse_batchnorm(model)(x), expected)
+
+
 def test_optional_arguments() -> None:
     assert "whether skip is None" in bx.fusion_report(Optional()).refused[0].reason
     model, x = bx.fuse_batchnorm(Plain()), torch.randn(IMAGE)
