@@ -32,9 +32,9 @@ from benchmarks.training.experiment import (
     one_cell,
     speedup,
 )
-from benchmarks.training.fit import evaluate, fit, training_steps
+from benchmarks.training.fit import evaluate, training_steps
 from benchmarks.training.networks import FUSED, TORCH
-from benchmarks.training.tasks import BATCH, TASKS, first_batch, in_epochs
+from benchmarks.training.tasks import TASKS, first_batch, fit_run, in_epochs
 
 CONVERTED, CONTROL = "converted", "control"
 COMPARED = (CONVERTED, FUSED)
@@ -139,10 +139,7 @@ class AgainstTorch(Experiment):
         task = TASKS[settings["task"]]
         split = task.split().to(device)
         model = make_model(settings["task"], settings["variant"], settings["seed"], device)
-        history = fit(
-            model, split.train, rate=settings["rate"], steps=settings["steps"], batch=BATCH,
-            seed=settings["seed"],
-        )  # fmt: skip
+        history = fit_run(model, split.train, settings)
         found = evaluate(model, split.test)
         return {
             "losses": [round(loss, 6) for loss in history.losses],

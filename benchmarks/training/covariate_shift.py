@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from benchmarks.training import data, figures
 from benchmarks.training.data import Part
 from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, grid, one_cell
-from benchmarks.training.fit import fit, kept_buffers, seeded
+from benchmarks.training.fit import kept_buffers, seeded
 from benchmarks.training.intervals import Estimate
 from benchmarks.training.networks import MLP, NONE, OURS, Normalization
-from benchmarks.training.tasks import BATCH
+from benchmarks.training.tasks import fit_run
 
 DEPTH, WIDTH = 8, 64
 PROBE = 256  # training images on which distributions are measured
@@ -153,10 +153,7 @@ class CovariateShift(Experiment):
             for key, value in zip(probes, values, strict=True):
                 probes[key].append(round(value, 6))
 
-        history = fit(
-            model, train, rate=settings["rate"], steps=settings["steps"], batch=BATCH,
-            seed=settings["seed"], watch=watch,
-        )  # fmt: skip
+        history = fit_run(model, train, settings, watch=watch)
         return {**probes, "losses": [round(loss, 5) for loss in history.losses],
                 "diverged": history.diverged}  # fmt: skip
 

@@ -19,10 +19,10 @@ from benchmarks.training.experiment import (
     grid,
     one_cell,
 )
-from benchmarks.training.fit import evaluate, fit, training_steps
+from benchmarks.training.fit import evaluate, training_steps
 from benchmarks.training.intervals import Estimate, verdict
 from benchmarks.training.networks import FUSED, NONE
-from benchmarks.training.tasks import BATCH, TASKS, first_batch, in_epochs
+from benchmarks.training.tasks import TASKS, first_batch, fit_run, in_epochs
 
 RATES = (0.01, 0.03, 0.1, 0.3)
 STYLES = {NONE: figures.WITHOUT, FUSED: figures.WITH}
@@ -95,10 +95,9 @@ class FasterTraining(Experiment):
         task = TASKS[settings["task"]]
         split = task.split().to(device)
         model = task.seeded(settings["seed"], settings["way"], device)
-        history = fit(
-            model, split.train, rate=settings["rate"], steps=settings["steps"], batch=BATCH,
-            seed=settings["seed"], validation=split.validation, every=max(task.epoch // 2, 1),
-        )  # fmt: skip
+        history = fit_run(
+            model, split.train, settings, validation=split.validation, every=task.half_epoch
+        )
         return {
             "reached": history.first_step(task.target),
             "accuracies": [[number, round(value, 5)] for number, value in history.accuracies],

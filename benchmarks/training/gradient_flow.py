@@ -11,10 +11,10 @@ from torch import nn
 from benchmarks.training import data, figures
 from benchmarks.training.data import Part
 from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, grid, one_cell
-from benchmarks.training.fit import evaluate, fit, seeded
+from benchmarks.training.fit import evaluate, seeded
 from benchmarks.training.intervals import Estimate
 from benchmarks.training.networks import FUSED, MLP, NONE, Normalization
-from benchmarks.training.tasks import BATCH
+from benchmarks.training.tasks import fit_run
 
 DEPTH, WIDTH = 24, 64
 # (normalization, He's initialisation): the second without is the control.
@@ -73,10 +73,7 @@ class GradientFlow(Experiment):
                 weights = [cast(nn.Linear, linear).weight for linear in model.linears]
                 norms[number] = [w.grad.norm().item() for w in weights if w.grad is not None]
 
-        history = fit(
-            model, split.train, rate=settings["rate"], steps=settings["steps"], batch=BATCH,
-            seed=settings["seed"], watch=watch,
-        )  # fmt: skip
+        history = fit_run(model, split.train, settings, watch=watch)
         return {
             "first": norms[0],
             "last": norms.get(settings["steps"] - 1),

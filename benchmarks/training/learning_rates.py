@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.training import figures
 from benchmarks.training.experiment import Experiment, Settings, Size, Table, frame, grid, one_cell
-from benchmarks.training.fit import evaluate, fit
+from benchmarks.training.fit import evaluate
 from benchmarks.training.intervals import Estimate
 from benchmarks.training.networks import FUSED, NONE
-from benchmarks.training.tasks import BATCH, TASKS, in_epochs
+from benchmarks.training.tasks import TASKS, fit_run, in_epochs
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 CLIPPED, CLIP = "clipped", 1.0
@@ -71,10 +71,9 @@ class LearningRates(Experiment):
         split = task.split().to(device)
         way = FUSED if settings["variant"] == FUSED else NONE
         model = task.seeded(settings["seed"], way, device)
-        history = fit(
-            model, split.train, rate=settings["rate"], steps=settings["steps"], batch=BATCH,
-            seed=settings["seed"], clip=CLIP if settings["variant"] == CLIPPED else None,
-        )  # fmt: skip
+        history = fit_run(
+            model, split.train, settings, clip=CLIP if settings["variant"] == CLIPPED else None
+        )
         accuracy = evaluate(model, split.test)["accuracy"]
         return {"diverged": history.diverged, "test_accuracy": accuracy}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import batchnorm_ext
 
 NONE, TORCH, OURS, FUSED = WAYS = ("none", "torch", "ours", "fused")
-BEFORE, AFTER = PLACES = ("before", "after")
+BEFORE, AFTER = "before", "after"
 
 _CLASSES: dict[str, dict[int, type[nn.Module]]] = {
     TORCH: {1: nn.BatchNorm1d, 2: nn.BatchNorm2d},

@@ -24,10 +24,10 @@ from benchmarks.training.experiment import (
     one_cell,
     speedup,
 )
-from benchmarks.training.fit import batches, evaluate, fit, training_steps
+from benchmarks.training.fit import batches, evaluate, training_steps
 from benchmarks.training.intervals import Estimate, verdict
 from benchmarks.training.networks import AFTER, FUSED, NONE, OURS, TORCH, Normalization
-from benchmarks.training.tasks import BATCH, TASKS, first_batch, in_epochs
+from benchmarks.training.tasks import BATCH, TASKS, first_batch, fit_run, in_epochs
 
 VARIANTS = {
     "without": Normalization(NONE),
@@ -98,10 +98,9 @@ class Placement(Experiment):
             part = next(batches(split.train, BATCH, settings["seed"]))
             pair = (task.seeded(settings["seed"], way, device) for way in (OURS, FUSED))
             difference = largest_difference(*(_first_step(one, part) for one in pair))
-        history = fit(
-            model, split.train, rate=settings["rate"], steps=settings["steps"], batch=BATCH,
-            seed=settings["seed"], validation=split.validation, every=max(task.epoch // 2, 1),
-        )  # fmt: skip
+        history = fit_run(
+            model, split.train, settings, validation=split.validation, every=task.half_epoch
+        )
         return {
             "accuracies": [[number, round(value, 5)] for number, value in history.accuracies],
             "diverged": history.diverged,

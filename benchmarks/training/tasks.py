@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.training import data, networks
 from benchmarks.training.data import Part, Split
-from benchmarks.training.fit import batches, seeded
+from benchmarks.training.fit import History, batches, fit, seeded
 from benchmarks.training.networks import Normalization
 
 BATCH = 64
@@ -42,6 +42,11 @@ class Task:
         """Steps in a pass over the training part."""
         return len(self.split().train) // BATCH
 
+    @property
+    def half_epoch(self) -> int:
+        """Steps between two evaluations."""
+        return max(self.epoch // 2, 1)
+
 
 def _cancer_mlp(how: Normalization) -> nn.Module:
     return networks.MLP(how, features=30, width=32, classes=2)
@@ -65,6 +70,12 @@ def in_epochs(runs: list[dict[str, Any]], epochs: int) -> list[dict[str, Any]]:
         return epochs * task.patience * task.epoch
 
     return [{**run, "steps": steps(TASKS[run["task"]])} for run in runs]
+
+
+def fit_run(model: nn.Module, train: Part, settings: dict[str, Any], **options: Any) -> History:
+    """`fit` with the rate, the steps and the seed of a run, in the usual batches."""
+    rate, steps, seed = settings["rate"], settings["steps"], settings["seed"]
+    return fit(model, train, rate=rate, steps=steps, batch=BATCH, seed=seed, **options)
 
 
 def first_batch(name: str, device: str) -> Part:
