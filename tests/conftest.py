@@ -47,3 +47,9 @@ def _as_it_was() -> Iterator[None]:
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """One thread for this test."""
+    torch.set_num_threads(1)

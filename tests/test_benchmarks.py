@@ -1,7 +1,5 @@
 """The benchmarks' arithmetic, files and command line; what they measure is not tested here."""
 
-# ruff: noqa: E402  (the imports follow the check that there is something to import)
-
 from __future__ import annotations
 
 import dataclasses
@@ -10,19 +8,15 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_extra  # noqa: F401  (skips where the extra is missing)
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-
-for _name in ("typer", "rich", "pandas", "tabulate", "matplotlib", "sklearn"):
-    pytest.importorskip(_name, reason="the benchmarks need the extra 'bench'")
-
 from typer.testing import CliRunner
 
 from batchnorm_ext import _C
@@ -45,15 +39,9 @@ from benchmarks.candidates import OURS
 from benchmarks.cli import app
 from benchmarks.timing import Ratio, Stats, geometric_mean, overlap
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = ["--shape", "4x8x5x5", "--threads", "1", "--budget", "0.1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def invoke(*arguments: str) -> Any:
