@@ -227,6 +227,8 @@ def train(
 
     if device not in TRAIN_DEVICES:
         raise typer.BadParameter(f"--device: {device!r} is not one of {', '.join(TRAIN_DEVICES)}")
+    if page is not None and not page.resolve().parent.is_dir():
+        raise typer.BadParameter(f"--page: there is no folder {page.resolve().parent}")
     _require_device(device)
     names = list(EXPERIMENTS) if not experiment or "all" in experiment else experiment
     for name in names:

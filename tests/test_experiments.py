@@ -258,6 +258,7 @@ def test_a_failure_of_the_package_is_the_exit_status(
     [
         (["--experiment", "magic"], "'magic' is not one of all, faster-training"),
         (["--device", "tpu"], "'tpu' is not one of auto, cpu, cuda"),
+        (["--page", "/nowhere/page.md"], "there is no folder /nowhere"),
     ],
 )
 def test_bad_options_are_refused(arguments: list[str], text: str) -> None:
