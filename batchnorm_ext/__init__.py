@@ -8,6 +8,12 @@ join its batch norms with the activations and adds that follow, `fusion_report` 
 """
 
 from batchnorm_ext._version import __version__
+from batchnorm_ext.control import (
+    accumulate_statistics,
+    freeze_batchnorm,
+    set_policies,
+    unfreeze_batchnorm,
+)
 from batchnorm_ext.convert import convert_batchnorm, revert_batchnorm
 from batchnorm_ext.functional import batch_norm
 from batchnorm_ext.fuse import FusionReport, fuse_batchnorm, fusion_report, unfuse_batchnorm
@@ -22,6 +28,7 @@ from batchnorm_ext.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from batchnorm_ext.policies import Policies
 
 __all__ = [
     "BatchNorm1d",
@@ -34,11 +41,16 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Policies",
     "__version__",
+    "accumulate_statistics",
     "batch_norm",
     "convert_batchnorm",
+    "freeze_batchnorm",
     "fuse_batchnorm",
     "fusion_report",
     "revert_batchnorm",
+    "set_policies",
+    "unfreeze_batchnorm",
     "unfuse_batchnorm",
 ]

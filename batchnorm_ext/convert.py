@@ -19,7 +19,9 @@ from batchnorm_ext.modules import (
     LazyBatchNorm3d,
     _BatchNormAct,
     _DropIn,
+    _Layer,
 )
+from batchnorm_ext.policies import DEFAULT
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -73,8 +75,8 @@ def revert_batchnorm(model: _Model) -> _Model:
     before scripting a model, or pickling it whole for a process without this package.
 
     Left alone, and named in one warning of the logger `batchnorm_ext`: `BatchNormAct1d/2d/3d`,
-    since torch has no module with their activation and residual, and subclasses of the classes
-    here.
+    since torch has no module with their activation and residual, subclasses of the classes here,
+    and modules that are frozen or have policies, which torch's would not follow.
 
     Args:
         model: any `torch.nn.Module`.
@@ -97,17 +99,28 @@ def _exchange(
     changed, left = 0, []
     for name, module in model.named_modules():
         new = table.get(parametrize.type_before_parametrizations(module))
-        if new is not None and "forward" not in vars(module):
+        why = "" if new is None else _hindrance(module)
+        if new is not None and not why:
             _change_class(module, new)
             changed += 1
         elif isinstance(module, leave) and not isinstance(module, done):
             cls = type(module)
-            why = " with its own forward" if new is not None else ""
             left.append(f"{name or 'the model'} ({cls.__module__}.{cls.__qualname__}{why})")
     _logger.info("batch norm modules %s: %d", verb, changed)
     if left:
         _logger.warning("batch norm modules not %s: %s", verb, ", ".join(left))
     return model
+
+
+def _hindrance(module: nn.Module) -> str:
+    """What another class would not keep."""
+    if "forward" in vars(module):
+        return " with its own forward"
+    if isinstance(module, _Layer) and module.frozen:
+        return ", frozen"
+    if isinstance(module, _Layer) and module.policies != DEFAULT:
+        return " with policies"
+    return ""
 
 
 def _change_class(module: nn.Module, new: type[nn.Module]) -> None:

@@ -75,25 +75,50 @@ def _apply_torch(
     eps: float,
     activation: str,
     activation_param: float,
+    skip_nonfinite: bool = False,
+    skip_recomputation: bool = False,
+    allow_single_value: bool = False,
 ) -> Tensor:
     """The same in torch's own operators, which have every derivative and transform."""
+    if use_batch_stats and skip_recomputation and torch._C._current_graph_task_id() != -1:
+        running_mean = running_var = num_batches_tracked = None
     if use_batch_stats and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(num_batches_tracked)
-    output = F.batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        use_batch_stats,
-        0.0 if momentum is None else momentum,
-        eps,
-    )
+    momentum = 0.0 if momentum is None else momentum
+    # Copies, because backward asks for the buffers that it was given.
+    skips = use_batch_stats and skip_nonfinite
+    copies = [(b, b.clone()) for b in (running_mean, running_var) if skips and b is not None]
+    mean, var = (copy for _, copy in copies) if copies else (running_mean, running_var)
+    if use_batch_stats and allow_single_value and input.numel() == input.size(1):
+        output = _normalize_single_values(input, weight, bias, mean, momentum)
+    else:
+        output = F.batch_norm(input, mean, var, weight, bias, use_batch_stats, momentum, eps)
+    if copies:
+        finite = torch.stack([copy.isfinite() for _, copy in copies]).all(0)
+        for running, copy in copies:
+            running.copy_(copy.where(finite, running))
     if residual is not None:
         output = output + residual
     return _activate(output, activation, activation_param)
+
+
+def _normalize_single_values(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    momentum: float,
+) -> Tensor:
+    """Batch norm of one value per channel, of variance 0, which torch refuses."""
+    if running_mean is not None:
+        running_mean.lerp_(input.detach().reshape(-1).to(running_mean.dtype), momentum)
+    per_channel = (1, -1, *[1] * (input.dim() - 2))
+    output = input - input
+    if weight is not None:
+        output = output * weight.reshape(per_channel)
+    return output if bias is None else output + bias.reshape(per_channel)
 
 
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -112,8 +137,11 @@ def _apply(
     eps: float,
     activation: str,
     activation_param: float,
+    *flags: bool,
 ) -> Tensor:
     """What modules and `batch_norm` share: one operator call.
+
+    `flags`, none or three, are those of `Policies.flags`.
 
     Where a functorch transform or forward-mode AD is active, which a C++ autograd Function
     refuses, torch's own operators compute the same.
@@ -135,6 +163,7 @@ def _apply(
         eps,
         activation,
         activation_param,
+        *flags,
     )
 
 

@@ -18,13 +18,15 @@ this package, fused modules included, in both directions and without a change.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from batchnorm_ext.accumulator import Accumulator
 from batchnorm_ext.functional import _apply, _resolve_activation
+from batchnorm_ext.policies import DEFAULT, Policies
 
 __all__ = [
     "BatchNorm1d",
@@ -37,6 +39,8 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
 ]
+
+_Self = TypeVar("_Self", bound="_Layer")
 
 # Where a module is traced through instead of being one node (see _record_call), the graph gets
 # one call of this function rather than whatever it does inside.
@@ -64,7 +68,7 @@ def _record_call(module: _NormBase, input: fx.Proxy, residual: object) -> Any:
 
 
 def _forward(
-    module: _NormBase,
+    module: _Layer,
     input: Any,  # a Tensor; a Proxy while fx traces
     residual: Tensor | None,
     activation: str,
@@ -92,8 +96,9 @@ def _forward(
         running_mean, running_var = module.running_mean, module.running_var
 
     momentum = module.momentum
-    num_batches_tracked = None
-    if not module.training:
+    num_batches_tracked = accumulator = None
+    flags: tuple[bool, ...] = ()
+    if not module.training or module._frozen is not None:
         use_batch_stats = running_mean is None and running_var is None
     else:
         use_batch_stats = True
@@ -103,7 +108,17 @@ def _forward(
             num_batches_tracked = buffers["num_batches_tracked"]
             if num_batches_tracked is None and momentum is None:
                 momentum = 0.0  # no count to average over: torch leaves the estimates alone
-    return _apply(
+            accumulator = module._accumulator
+        policies = module.policies
+        if policies is not DEFAULT:
+            flags = policies.flags()
+            if policies.single_value == "running" and input.numel() == input.size(1):
+                use_batch_stats, accumulator = running_mean is None, None
+    if accumulator is not None:
+        stand_ins = running_mean, running_var, num_batches_tracked = accumulator.buffers()
+        momentum = 1.0
+        flags = (False, *flags[1:])  # it has to see what is not finite
+    output = _apply(
         input,
         residual,
         weight,
@@ -116,11 +131,83 @@ def _forward(
         module.eps,
         activation,
         activation_param,
+        *flags,
     )
+    if accumulator is not None:
+        skip_nonfinite = policies.nonfinite_statistics == "skip"
+        accumulator.add(input.numel() // input.size(1), stand_ins, skip_nonfinite)
+    return output
 
 
-class _DropIn(_BatchNorm):
-    """The one thing that the classes below put before torch's: the forward."""
+class _Layer(_NormBase):
+    """What every module of this package can do besides what torch's can."""
+
+    #: What to do where torch leaves no choice; `set_policies` sets it for a whole model.
+    policies: Policies = DEFAULT
+    #: The names of the parameters that `freeze` stopped from being trained.
+    _frozen: tuple[str, ...] | None = None
+    #: At work in a block of `accumulate_statistics`.
+    _accumulator: Accumulator | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze` was called, and not `unfreeze` since."""
+        return self._frozen is not None
+
+    def freeze(self: _Self, affine: bool = True) -> _Self:
+        """Normalise with the running statistics whatever `train()` says, and leave them alone.
+
+        Nothing then depends on the mini-batch, and backward needs no statistics. With `affine`,
+        `weight` and `bias` are not trained either (`requires_grad` is False until `unfreeze`), and
+        with that the input is not kept for backward: nothing is, or one bit for each element where
+        there is a piecewise-linear activation. Smooth activations need it still.
+
+        `training` follows `train()` and `eval()` as ever. It is no part of the state_dict.
+
+        Returns:
+            The module.
+
+        Raises:
+            ValueError: without running statistics (`track_running_stats=False`).
+        """
+        self._check_freezable()
+        self.unfreeze()
+        trained = [(n, p) for n, p in self.named_parameters() if affine and p.requires_grad]
+        for _, parameter in trained:
+            parameter.requires_grad_(False)
+        self._frozen = tuple(name for name, _ in trained)
+        return self
+
+    def unfreeze(self: _Self) -> _Self:
+        """Undo `freeze`: the parameters that were trained before are trained again.
+
+        Returns:
+            The module.
+        """
+        for name in self._frozen or ():
+            self.get_parameter(name).requires_grad_(True)
+        self._frozen = None
+        return self
+
+    def _check_freezable(self, name: str = "") -> None:
+        if self.running_mean is None:
+            raise ValueError(
+                f"freeze() needs running statistics, but {name or 'the module'} has none "
+                f"(track_running_stats=False)"
+            )
+
+    def extra_repr(self) -> str:
+        """torch's, followed by what was set besides."""
+        changed = [
+            f", {name}={value}"
+            for name, value in vars(self.policies).items()
+            if value != getattr(DEFAULT, name)
+        ]
+        return "".join([super().extra_repr(), ", frozen" if self.frozen else "", *changed])
+
+
+class _DropIn(_Layer, _BatchNorm):
+    """What the classes below put before torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _forward(self, input, None, "identity", 0.0)
@@ -193,7 +280,7 @@ class LazyBatchNorm3d(_DropIn, nn.LazyBatchNorm3d):
     cls_to_become = BatchNorm3d
 
 
-class _BatchNormAct(_NormBase):
+class _BatchNormAct(_Layer):
     """Constructor, repr and forward of the fused modules.
 
     The base is the one that owns the parameters and buffers of torch's batch norm and reads its

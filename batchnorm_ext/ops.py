@@ -51,29 +51,43 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return True
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    """An output for this input: in its memory layout if that is one of the two that kernels know.
-
-    Mirrors in_some_layout() of csrc/bindings/layout.cpp.
-    """
-    if tensor.is_contiguous() or not (_is_channels_last(tensor) or tensor.stride(1) == 1):
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    if tensor.size(1) == 1 and not _is_channels_last(tensor):
+def _in_layout(tensor: Tensor, channels_last: bool) -> Tensor:
+    """An output of this shape and dtype in one of the two layouts that kernels know."""
+    if not channels_last:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     n, c, *spatial = tensor.shape
     rows = torch.empty((n, *spatial, c), dtype=tensor.dtype, device=tensor.device)
     return rows.movedim(-1, 1)
 
 
-def _mask_shape(input: Tensor) -> tuple[int, int]:
-    """Rows and bytes per row, as core/types.h has them."""
-    n, c = input.shape[:2]
-    s = math.prod(input.shape[2:])
-    if c == 1:
-        return 1, (n * s + 7) // 8
-    if s == 1 or not input.is_contiguous():
-        return n * s, (c + 7) // 8
-    return n * c, (s + 7) // 8
+def _empty_like(tensor: Tensor) -> Tensor:
+    """An output for this input: in its memory layout if that is one of the two that kernels know.
+
+    Mirrors in_some_layout() of csrc/bindings/layout.cpp.
+    """
+    if tensor.is_contiguous():
+        return _in_layout(tensor, channels_last=False)
+    neighbours = tensor.size(1) > 1 and tensor.stride(1) == 1
+    return _in_layout(tensor, channels_last=neighbours or _is_channels_last(tensor))
+
+
+_PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
+
+
+def _empty_mask(output: Tensor, wanted: bool, activation: str) -> Tensor:
+    """Mirrors mask_shape() of csrc/bindings/operators.h."""
+    n, c = output.shape[:2]
+    s = math.prod(output.shape[2:])
+    shape: tuple[int, ...]
+    if not (wanted and activation in _PIECEWISE_LINEAR):
+        shape = (0,)
+    elif c == 1:
+        shape = (1, 1, (n * s + 7) // 8)
+    elif s == 1 or not output.is_contiguous():
+        shape = (n * s, (c + 7) // 8)
+    else:
+        shape = (n, c, (s + 7) // 8)
+    return torch.empty(shape, dtype=torch.uint8, device=output.device)
 
 
 def _check_device(input: Tensor, name: str, value: Tensor) -> None:
@@ -111,9 +125,6 @@ def _check_residual(input: Tensor, residual: Tensor | None) -> None:
     )
 
 
-_PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
-
-
 @torch.library.register_fake("batchnorm_ext::forward_train")
 def _(
     input: Tensor,
@@ -128,6 +139,8 @@ def _(
     activation: str,
     activation_param: float,
     save_mask: bool,
+    skip_nonfinite: bool = False,
+    skip_recomputation: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_channels(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
@@ -137,10 +150,7 @@ def _(
         _check_device(input, "num_batches_tracked", num_batches_tracked)
     output = _empty_like(input)
     mean = torch.empty(input.size(1), dtype=torch.float64, device=input.device)
-    masked = save_mask and activation in _PIECEWISE_LINEAR
-    mask_shape = _mask_shape(output) if masked else (0,)
-    mask = torch.empty(mask_shape, dtype=torch.uint8, device=input.device)
-    return output, mean, torch.empty_like(mean), mask
+    return output, mean, torch.empty_like(mean), _empty_mask(output, save_mask, activation)
 
 
 @torch.library.register_fake("batchnorm_ext::forward_eval")
@@ -154,12 +164,14 @@ def _(
     eps: float,
     activation: str,
     activation_param: float,
-) -> Tensor:
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor]:
     _check_channels(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     _check_residual(input, residual)
-    return _empty_like(input)
+    output = _empty_like(input)
+    return output, _empty_mask(output, save_mask, activation)
 
 
 @torch.library.register_fake("batchnorm_ext::eval_statistics")
@@ -171,7 +183,7 @@ def _(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Te
 @torch.library.register_fake("batchnorm_ext::backward")
 def _(
     grad_output: Tensor,
-    input: Tensor,
+    input: Tensor | None,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -186,9 +198,14 @@ def _(
     def gradient(needed: bool, like: Tensor | None) -> Tensor:
         if needed and like is not None:
             return torch.empty_like(like)
-        return input.new_empty(0)
+        return grad_output.new_empty(0)
 
-    dense = _empty_like(input)
+    if input is not None:
+        dense = _empty_like(input)
+    elif mask is None or mask.dim() == 1:
+        dense = _empty_like(grad_output)
+    else:  # the mask's layout: layout_of_mask() of csrc/bindings/operators.h
+        dense = _in_layout(grad_output, channels_last=mask.dim() == 2)
     return (
         gradient(output_mask[0], dense),
         gradient(output_mask[1], dense),

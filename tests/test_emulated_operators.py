@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = [
     "test_cuda_plans.py",
     "test_ops.py",
+    "test_policies.py",
     "test_layouts.py",
     "test_modules.py",
     "test_forward.py::test_any_choices",

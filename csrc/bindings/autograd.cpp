@@ -31,6 +31,7 @@ struct Settings : torch::CustomClassHolder {
   std::string activation_name;
   Activation activation = Activation::kIdentity;
   double activation_param = 0;
+  bool skip_nonfinite = false, skip_recomputation = false;
   // Written or read in forward only, and no arguments of the Function: they have no gradient.
   OptionalTensor running_mean, running_var, num_batches_tracked;
   std::array<bool, 4> given{};  // which of the differentiable arguments
@@ -66,13 +67,13 @@ at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Sett
 
 // The kernels' own act'(z) of the piecewise-linear ones, a constant almost everywhere: 1, or less
 // where the forward pass dropped the element.
-at::Tensor is_kept(const variable_list& saved, const Settings& s) {
+at::Tensor is_kept(const at::Tensor& dy, const variable_list& saved, const Settings& s) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const at::Tensor ones = at::ones_like(saved[kInput]);
-  const auto gradients =
-      ops::backward(ones, saved[kInput], optional(saved[kResidual]), optional(saved[kWeight]),
-                    optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]),
-                    s.training, s.activation_name, 0, {false, true, false, false});
+  const at::Tensor ones = at::ones_like(saved[kInput].defined() ? saved[kInput] : dy);
+  const auto gradients = ops::backward(
+      ones, optional(saved[kInput]), optional(saved[kResidual]), optional(saved[kWeight]),
+      optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]), s.training,
+      s.activation_name, 0, {false, true, false, false});
   return std::get<1>(gradients) == 1;
 }
 
@@ -83,29 +84,35 @@ variable_list differentiable_backward(const at::Tensor& grad_output, const varia
                                       const Settings& s, const std::array<bool, 4>& needed) {
   const at::Tensor &input = saved[kInput], &residual = saved[kResidual], &weight = saved[kWeight],
                    &bias = saved[kBias];
-  const auto dtype = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  std::vector<std::int64_t> dims(static_cast<std::size_t>(input.dim() - 1));
+  const at::ScalarType outer = grad_output.scalar_type();
+  const auto dtype = outer == at::kDouble ? at::kDouble : at::kFloat;
+  const std::int64_t rank = grad_output.dim();
+  std::vector<std::int64_t> dims(static_cast<std::size_t>(rank - 1));
   std::iota(dims.begin(), dims.end(), 1);
   dims[0] = 0;  // all but the channels': 0, 2, 3, ...
-  std::vector<std::int64_t> per_channel(static_cast<std::size_t>(input.dim()), 1);
+  std::vector<std::int64_t> per_channel(static_cast<std::size_t>(rank), 1);
   per_channel[1] = -1;
   const auto channels = [&](const at::Tensor& values) {
     return values.to(dtype).reshape(per_channel);
   };
 
   const at::Tensor dy = grad_output.to(dtype);
-  // A shift by the mean as a constant changes no derivative, and keeps the digits of x far from 0.
-  at::Tensor centered = input.to(dtype) - channels(saved[kMean]);
-  at::Tensor invstd = channels(saved[kInvstd]);
-  if (s.training) {
-    centered = centered - centered.mean(dims, true);
-    invstd = (centered.square().mean(dims, true) + s.eps).rsqrt();
+  at::Tensor invstd = channels(saved[kInvstd]), normalized;
+  if (input.defined()) {
+    // A shift by the mean as a constant changes no derivative, and keeps the digits of x far from
+    // 0.
+    at::Tensor centered = input.to(dtype) - channels(saved[kMean]);
+    if (s.training) {
+      centered = centered - centered.mean(dims, true);
+      invstd = (centered.square().mean(dims, true) + s.eps).rsqrt();
+    }
+    normalized = centered * invstd;
   }
-  const at::Tensor normalized = centered * invstd;
   at::Tensor dz = dy;
   if (is_piecewise_linear(s.activation)) {
     const bool leaky = s.activation == Activation::kLeakyRelu;
-    dz = at::where(is_kept(saved, s), dy, leaky ? dy * s.activation_param : at::zeros_like(dy));
+    dz = at::where(is_kept(grad_output, saved, s), dy,
+                   leaky ? dy * s.activation_param : at::zeros_like(dy));
   } else if (s.activation != Activation::kIdentity) {
     at::Tensor z = normalized;
     if (weight.defined()) z = z * channels(weight);
@@ -123,9 +130,9 @@ variable_list differentiable_backward(const at::Tensor& grad_output, const varia
     if (s.training) {
       inner = dz - dz.mean(dims, true) - normalized * (dz * normalized).mean(dims, true);
     }
-    gradients[kInput] = (inner * scale).to(input.scalar_type());
+    gradients[kInput] = (inner * scale).to(outer);
   }
-  if (needed[kResidual]) gradients[kResidual] = dz.to(input.scalar_type());
+  if (needed[kResidual]) gradients[kResidual] = dz.to(outer);
   if (needed[kWeight]) {
     gradients[kWeight] = shaped_like((dz * normalized).sum(dims, true), weight);
   }
@@ -144,20 +151,28 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     Settings& s = *settings;
     const bool identity = s.activation == Activation::kIdentity;
-    const bool use_mask = residual && is_piecewise_linear(s.activation) && s.training;
+    const bool piecewise_linear = is_piecewise_linear(s.activation);
+    // Without statistics of the batch, no gradient but those of weight and of a smooth activation
+    // depends on the input.
+    const bool save_input =
+        s.training || (weight && weight->requires_grad()) || !(identity || piecewise_linear);
+    const bool use_mask = piecewise_linear && (residual || !save_input);
     at::Tensor y, mean, invstd, mask;
     if (s.training) {
-      std::tie(y, mean, invstd, mask) = ops::forward_train(
-          input, residual, weight, bias, s.running_mean, s.running_var, s.num_batches_tracked,
-          s.momentum, s.eps, s.activation_name, s.activation_param, use_mask);
+      std::tie(y, mean, invstd, mask) =
+          ops::forward_train(input, residual, weight, bias, s.running_mean, s.running_var,
+                             s.num_batches_tracked, s.momentum, s.eps, s.activation_name,
+                             s.activation_param, use_mask, s.skip_nonfinite, s.skip_recomputation);
     } else {
-      y = ops::forward_eval(input, residual, weight, bias, *s.running_mean, *s.running_var, s.eps,
-                            s.activation_name, s.activation_param);
+      std::tie(y, mask) =
+          ops::forward_eval(input, residual, weight, bias, *s.running_mean, *s.running_var, s.eps,
+                            s.activation_name, s.activation_param, use_mask);
       std::tie(mean, invstd) = ops::eval_statistics(*s.running_mean, *s.running_var, s.eps);
     }
     s.running_mean = s.running_var = s.num_batches_tracked = std::nullopt;
     const bool save_residual = !identity && !use_mask;
-    ctx->save_for_backward({input, save_residual ? or_undefined(residual) : at::Tensor(),
+    ctx->save_for_backward({save_input ? input : at::Tensor(),
+                            save_residual ? or_undefined(residual) : at::Tensor(),
                             or_undefined(weight), or_undefined(bias), mean, invstd, mask});
     s.given = {true, residual.has_value(), weight.has_value(), bias.has_value()};
     ctx->saved_data["settings"] = c10::IValue::make_capsule(settings);
@@ -188,9 +203,9 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
     const std::array<bool, 4> computed{needed[kInput], needed[kResidual] && !pass_on,
                                        needed[kWeight], needed[kBias]};
     const auto [dx, dresidual, dweight, dbias] = ops::backward(
-        grad_outputs[0], saved[kInput], optional(saved[kResidual]), optional(saved[kWeight]),
-        optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]), s.training,
-        s.activation_name, s.activation_param, computed);
+        grad_outputs[0], optional(saved[kInput]), optional(saved[kResidual]),
+        optional(saved[kWeight]), optional(saved[kBias]), saved[kMean], saved[kInvstd],
+        optional(saved[kMask]), s.training, s.activation_name, s.activation_param, computed);
     if (computed[kInput]) gradients[kInput] = dx;
     if (needed[kResidual]) gradients[kResidual] = pass_on ? grad_outputs[0] : dresidual;
     if (computed[kWeight]) gradients[kWeight] = dweight;
@@ -234,10 +249,11 @@ void check_backend(const at::Tensor& input) {
 }
 
 void check_call(const at::Tensor& input, const OptionalTensor& running_mean,
-                const OptionalTensor& running_var, bool training, double eps) {
+                const OptionalTensor& running_var, bool training, double eps,
+                bool allow_single_value) {
   check_rank(input);
   check_backend(input);
-  if (training) {
+  if (training && !allow_single_value) {
     TORCH_CHECK_VALUE(
         input.sym_numel() != input.sym_size(1),
         "Expected more than 1 value per channel when training, got input size torch.Size(",
@@ -266,8 +282,9 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& num_batches_tracked, bool training,
                       std::optional<double> momentum, double eps, c10::string_view activation,
-                      double activation_param) {
-  check_call(input, running_mean, running_var, training, eps);
+                      double activation_param, bool skip_nonfinite, bool skip_recomputation,
+                      bool allow_single_value) {
+  check_call(input, running_mean, running_var, training, eps, allow_single_value);
   if (input.sym_numel() == 0) {
     return empty_batch(input, residual, weight, bias, num_batches_tracked, activation);
   }
@@ -280,6 +297,8 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
     settings->activation_name = std::string(activation);
     settings->activation = activation_of(settings->activation_name);
     settings->activation_param = activation_param;
+    settings->skip_nonfinite = skip_nonfinite;
+    settings->skip_recomputation = skip_recomputation;
     settings->running_mean = running_mean;
     settings->running_var = running_var;
     settings->num_batches_tracked = num_batches_tracked;
@@ -287,12 +306,13 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (training) {
-      output = std::get<0>(ops::forward_train(input, residual, weight, bias, running_mean,
-                                              running_var, num_batches_tracked, momentum, eps,
-                                              activation, activation_param, false));
+      output = std::get<0>(ops::forward_train(
+          input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+          eps, activation, activation_param, false, skip_nonfinite, skip_recomputation));
     } else {
-      output = ops::forward_eval(input, residual, weight, bias, *running_mean, *running_var, eps,
-                                 activation, activation_param);
+      output =
+          std::get<0>(ops::forward_eval(input, residual, weight, bias, *running_mean, *running_var,
+                                        eps, activation, activation_param, false));
     }
   }
   if (training) {

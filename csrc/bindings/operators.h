@@ -8,6 +8,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "bindings/checks.h"
@@ -19,6 +20,7 @@ namespace batchnorm {
 namespace bindings {
 
 using ops::FourTensors;
+using ops::TwoTensors;
 
 inline bool has(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
@@ -79,11 +81,30 @@ inline void check_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   TORCH_CHECK(has(bias) || !output_mask[3], "a gradient of bias needs bias, but got None");
 }
 
+// Bits as core/types.h has them. The shape tells the layout that they belong to, for a backward
+// pass that has no input: (N, C, bytes of a plane) or (N * spatial, bytes of a row of channels).
+inline std::vector<std::int64_t> mask_shape(const Problem& problem) {
+  const std::int64_t bytes = mask_row_bytes(problem);
+  if (problem.layout == Layout::kChannelsLast) return {problem.n * problem.s, bytes};
+  return {problem.n, problem.c, bytes};
+}
+
+inline Layout layout_of_mask(const at::Tensor& mask) {
+  return mask.dim() == 3 ? Layout::kChannelsFirst : Layout::kChannelsLast;
+}
+
 template <typename Backend>
 at::Tensor empty_mask(const Backend& backend, const Problem& problem, bool wanted) {
   if (!wanted) return backend.empty({0}, at::kByte);
-  return backend.empty({mask_rows(problem), mask_row_bytes(problem)}, at::kByte);
+  return backend.empty(mask_shape(problem), at::kByte);
 }
+
+inline std::uint8_t* bits_of(const at::Tensor& mask) {
+  return mask.numel() > 0 ? mask.data_ptr<std::uint8_t>() : nullptr;
+}
+
+// Activation checkpointing computes a forward pass again while the backward pass runs.
+inline bool is_recomputation() { return torch::autograd::get_current_graph_task_id() != -1; }
 
 template <typename Backend>
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
@@ -91,7 +112,7 @@ FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residua
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                           double eps, c10::string_view activation_name, double activation_param,
-                          bool save_mask) {
+                          bool save_mask, bool skip_nonfinite, bool skip_recomputation) {
   check_forward(input, residual, weight, bias, running_mean, running_var);
   check_buffers(input, running_mean, running_var, num_batches_tracked);
   check_eps(eps, true);
@@ -108,22 +129,24 @@ FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residua
   const bool masked = save_mask && is_piecewise_linear(activation);
   const at::Tensor mask = empty_mask(backend, problem, masked);
   if (problem.numel() == 0) return {y, mean, invstd, mask};
+  const bool moves = !(skip_recomputation && is_recomputation());
+  const auto moved = [&](const OptionalTensor& running) { return moves ? running : std::nullopt; };
+  const OptionalTensor counter = moved(num_batches_tracked);
   backend.run(ForwardTrain{
-      problem, x.data_ptr(), pointer(r), y.data_ptr(),
-      mask.numel() > 0 ? mask.data_ptr<std::uint8_t>() : nullptr, channel_values(w, "weight"),
-      channel_values(b, "bias"), channel_values(running_mean, "running_mean"),
-      channel_values(running_var, "running_var"),
-      has(num_batches_tracked) ? num_batches_tracked->data_ptr<std::int64_t>() : nullptr,
-      momentum.value_or(0.0), !momentum.has_value(), eps, activation, activation_param,
-      mean.data_ptr<double>(), invstd.data_ptr<double>()});
+      problem, x.data_ptr(), pointer(r), y.data_ptr(), bits_of(mask), channel_values(w, "weight"),
+      channel_values(b, "bias"), channel_values(moved(running_mean), "running_mean"),
+      channel_values(moved(running_var), "running_var"),
+      has(counter) ? counter->data_ptr<std::int64_t>() : nullptr, momentum.value_or(0.0),
+      !momentum.has_value(), eps, activation, activation_param, mean.data_ptr<double>(),
+      invstd.data_ptr<double>(), skip_nonfinite});
   return {y, mean, invstd, mask};
 }
 
 template <typename Backend>
-at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
+TwoTensors forward_eval(const at::Tensor& input, const OptionalTensor& residual,
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
-                        c10::string_view activation_name, double activation_param) {
+                        c10::string_view activation_name, double activation_param, bool save_mask) {
   check_forward(input, residual, weight, bias, running_mean, running_var);
   check_eps(eps, false);
   const Activation activation = activation_of(std::string(activation_name));
@@ -134,17 +157,19 @@ at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
   const OptionalTensor r = in_layout_of(residual, problem), w = readable(weight),
                        b = readable(bias), m = readable(running_mean), v = readable(running_var);
   const at::Tensor y = backend.empty_output(x);
-  if (problem.numel() == 0) return y;
+  const at::Tensor mask =
+      empty_mask(backend, problem, save_mask && is_piecewise_linear(activation));
+  if (problem.numel() == 0) return {y, mask};
   backend.run(ForwardEval{problem, x.data_ptr(), pointer(r), y.data_ptr(),
                           channel_values(w, "weight"), channel_values(b, "bias"),
                           channel_values(m, "running_mean"), channel_values(v, "running_var"), eps,
-                          activation, activation_param});
-  return y;
+                          activation, activation_param, bits_of(mask)});
+  return {y, mask};
 }
 
 template <typename Backend>
-std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mean,
-                                                   const at::Tensor& running_var, double eps) {
+TwoTensors eval_statistics(const at::Tensor& running_mean, const at::Tensor& running_var,
+                           double eps) {
   check_device(running_var, running_mean, "running_var");
   TORCH_CHECK(running_mean.numel() == running_var.numel(), "running_var should contain ",
               running_mean.numel(), " elements not ", running_var.numel());
@@ -173,14 +198,29 @@ inline ChannelValues values_of(const at::Tensor& gradient, bool wanted, const ch
   return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
 }
 
+// What stands in for an input that was not saved: a tensor of its shape, dtype and layout, of whose
+// values nothing depends.
+inline at::Tensor without_input(const at::Tensor& grad_output, const OptionalTensor& mask,
+                                bool training, Activation activation, bool needs_dweight) {
+  check_rank(grad_output);
+  const bool masked = has(mask) && mask->numel() > 0;
+  TORCH_CHECK(!training && !needs_dweight && (masked || activation == Activation::kIdentity),
+              "backward needs input in training, for the gradient of weight, and for an activation "
+              "without a mask, but got None");
+  return masked ? in_layout(grad_output, layout_of_mask(*mask)) : in_some_layout(grad_output);
+}
+
 template <typename Backend>
-FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
+FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& given_input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
                      const OptionalTensor& mask, bool training, c10::string_view activation_name,
                      double activation_param, std::array<bool, 4> output_mask) {
-  check_backward(grad_output, input, residual, weight, bias, mean, invstd, output_mask);
   const Activation activation = activation_of(std::string(activation_name));
+  const at::Tensor input =
+      has(given_input) ? *given_input
+                       : without_input(grad_output, mask, training, activation, output_mask[2]);
+  check_backward(grad_output, input, residual, weight, bias, mean, invstd, output_mask);
 
   const Backend backend(input);
   const at::Tensor x = in_some_layout(input);

@@ -19,28 +19,29 @@ FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residua
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                           double eps, c10::string_view activation, double activation_param,
-                          bool save_mask) {
+                          bool save_mask, bool skip_nonfinite, bool skip_recomputation) {
   static const auto op = find<decltype(forward_train)>("batchnorm_ext::forward_train");
   return op.call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-                 momentum, eps, activation, activation_param, save_mask);
+                 momentum, eps, activation, activation_param, save_mask, skip_nonfinite,
+                 skip_recomputation);
 }
 
-at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
+TwoTensors forward_eval(const at::Tensor& input, const OptionalTensor& residual,
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
-                        c10::string_view activation, double activation_param) {
+                        c10::string_view activation, double activation_param, bool save_mask) {
   static const auto op = find<decltype(forward_eval)>("batchnorm_ext::forward_eval");
   return op.call(input, residual, weight, bias, running_mean, running_var, eps, activation,
-                 activation_param);
+                 activation_param, save_mask);
 }
 
-std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mean,
-                                                   const at::Tensor& running_var, double eps) {
+TwoTensors eval_statistics(const at::Tensor& running_mean, const at::Tensor& running_var,
+                           double eps) {
   static const auto op = find<decltype(eval_statistics)>("batchnorm_ext::eval_statistics");
   return op.call(running_mean, running_var, eps);
 }
 
-FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
+FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
                      const OptionalTensor& mask, bool training, c10::string_view activation,

@@ -12,6 +12,7 @@ namespace bindings {
 namespace ops {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
@@ -19,17 +20,17 @@ FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residua
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                           double eps, c10::string_view activation, double activation_param,
-                          bool save_mask);
+                          bool save_mask, bool skip_nonfinite, bool skip_recomputation);
 
-at::Tensor forward_eval(const at::Tensor& input, const OptionalTensor& residual,
+TwoTensors forward_eval(const at::Tensor& input, const OptionalTensor& residual,
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
-                        c10::string_view activation, double activation_param);
+                        c10::string_view activation, double activation_param, bool save_mask);
 
-std::tuple<at::Tensor, at::Tensor> eval_statistics(const at::Tensor& running_mean,
-                                                   const at::Tensor& running_var, double eps);
+TwoTensors eval_statistics(const at::Tensor& running_mean, const at::Tensor& running_var,
+                           double eps);
 
-FourTensors backward(const at::Tensor& grad_output, const at::Tensor& input,
+FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
                      const OptionalTensor& mask, bool training, c10::string_view activation,

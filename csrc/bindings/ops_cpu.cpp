@@ -56,7 +56,7 @@ struct CpuBackend {
     cpu::forward_train(call, plan_here(call.problem, Pass::kForward, call.mask), parallel_for);
   }
   void run(const ForwardEval& call) const {
-    cpu::forward_eval(call, plan_here(call.problem, Pass::kEval, false), parallel_for);
+    cpu::forward_eval(call, plan_here(call.problem, Pass::kEval, call.mask), parallel_for);
   }
   void run(const Backward& call) const {
     cpu::backward(call, plan_here(call.problem, Pass::kBackward, call.mask), parallel_for);

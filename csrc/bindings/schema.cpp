@@ -6,23 +6,28 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   m.def(
       "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-      "bool training, float? momentum, float eps, str activation, float activation_param) "
+      "bool training, float? momentum, float eps, str activation, float activation_param, "
+      "bool skip_nonfinite=False, bool skip_recomputation=False, bool allow_single_value=False) "
       "-> Tensor");
-  // y, mean float64 (C,), invstd float64 (C,), mask uint8 (core/types.h; empty unless save_mask).
+  // y, mean float64 (C,), invstd float64 (C,), mask uint8 (operators.h; empty unless save_mask).
+  // skip_recomputation: no running statistics while a backward pass is running.
   m.def(
       "forward_train(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-      "float? momentum, float eps, str activation, float activation_param, bool save_mask) "
+      "float? momentum, float eps, str activation, float activation_param, bool save_mask, "
+      "bool skip_nonfinite=False, bool skip_recomputation=False) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "forward_eval(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor running_mean, Tensor running_var, float eps, str activation, "
-      "float activation_param) -> Tensor");
+      "float activation_param, bool save_mask=False) -> (Tensor, Tensor)");
   // What backward needs of running statistics, as they are now: float64 (C,) mean and invstd.
   m.def("eval_statistics(Tensor running_mean, Tensor running_var, float eps) -> (Tensor, Tensor)");
-  // Gradients of input, residual, weight, bias; those that output_mask leaves out are empty.
+  // Gradients of input, residual, weight, bias; those that output_mask leaves out are empty. In
+  // eval mode input is not needed where a mask is given, or no activation, and no gradient of
+  // weight.
   m.def(
-      "backward(Tensor grad_output, Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor mean, Tensor invstd, Tensor? mask, bool training, str activation, "
       "float activation_param, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 }

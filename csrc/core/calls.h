@@ -12,7 +12,8 @@ namespace batchnorm {
 // mean, invstd: double [c]. mask: mask_rows() x mask_row_bytes() of core/types.h.
 
 // Statistics of the batch, y = act((x - mean) * invstd * weight + bias + residual), and
-// running = (1 - momentum) * running + momentum * batch (the variance unbiased, n / (n - 1)).
+// running = (1 - momentum) * running + momentum * batch (the variance unbiased, n / (n - 1), and
+// left as it is by a batch of one value, which has no such variance).
 struct ForwardTrain {
   Problem problem;
   const void* x;
@@ -28,6 +29,11 @@ struct ForwardTrain {
   double activation_param;
   double* mean;
   double* invstd;
+  bool skip_nonfinite = false;  // a channel that is not finite leaves its running statistics alone
+
+  BATCHNORM_HOST_DEVICE bool moves_running(double batch_mean, double batch_m2) const {
+    return !skip_nonfinite || (batch_mean - batch_mean == 0 && batch_m2 - batch_m2 == 0);
+  }
 };
 
 // y = act((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual).
@@ -40,6 +46,7 @@ struct ForwardEval {
   double eps;
   Activation activation;
   double activation_param;
+  std::uint8_t* mask = nullptr;  // for a backward pass that has no x
 };
 
 // With z the activation's input and dz = dy * act'(z), over the n elements of a channel:

@@ -149,7 +149,8 @@ CpuPlan plan_cpu(const Problem& problem, Pass pass, bool masked, int threads,
   const std::int64_t channel_bytes = problem.per_channel() * size_of(problem.dtype) * reads;
   const Planner planner{problem, caches, used, masked, channel_bytes};
   CpuPlan plan = problem.layout == Layout::kChannelsLast ? planner.columns() : planner.planes();
-  if (pass == Pass::kEval) plan = planner.single_pass(plan);
+  // A mask is laid out by the scheme, which backward chooses without knowing who wrote it.
+  if (pass == Pass::kEval && !masked) plan = planner.single_pass(plan);
   // What is written can only stay in a cache that holds what is read beside it.
   const std::int64_t plane_bytes = problem.s * size_of(problem.dtype);
   const bool whole_lines =

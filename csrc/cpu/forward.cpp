@@ -77,8 +77,9 @@ class TrainOperation {
       a_.mean[c] = m.mean;
       a_.invstd[c] = invstd;
       affine_.set(c, m.mean, invstd, load_value(a_.weight, c, 1), load_value(a_.bias, c, 0));
+      if (!a_.moves_running(m.mean, m.m2)) continue;
       update(a_.running_mean, c, m.mean);
-      update(a_.running_var, c, m.m2 / (m.count - 1));
+      if (m.count > 1) update(a_.running_var, c, m.m2 / (m.count - 1));
     }
   }
 
@@ -151,7 +152,7 @@ class EvalOperation {
     }
   }
   void apply(const Channels& unit, const Part& part) {
-    write_forward<T>(a_, nullptr, plan_, affine_, unit, part, /*backwards=*/false);
+    write_forward<T>(a_, a_.mask, plan_, affine_, unit, part, /*backwards=*/false);
   }
 
  private:

@@ -85,8 +85,9 @@ class Forward {
     if (unit_.rank != 0) return;
     call.mean[c] = mean;
     call.invstd[c] = invstd;
+    if (!call.moves_running(mean, m2)) return;
     update(call.running_mean, c, mean, momentum);
-    update(call.running_var, c, m2 / (n - 1), momentum);
+    if (n > 1) update(call.running_var, c, m2 / (n - 1), momentum);
   }
 
   // Inference: the running statistics -> the second pass' values.

@@ -26,6 +26,7 @@ ForwardTrain as_training(const ForwardEval& call) {
   result.x = call.x;
   result.residual = call.residual;
   result.y = call.y;
+  result.mask = call.mask;
   result.weight = call.weight;
   result.bias = call.bias;
   result.running_mean = call.running_mean;
