@@ -253,6 +253,12 @@ FORMULAS = [
             "(1 - momentum) * load_value(running, c, 0) + momentum * batch",
             "momentum * load_value(running, c, 0) + (1 - momentum) * batch",
         ),
+        (
+            "running statistics take what is not finite",
+            "    if (!call.moves_running(mean, m2)) return;\n",
+            "",
+        ),
+        ("one value moves the running variance", "if (n > 1) update", "update"),
         ("every block of a team updates the statistics", "    if (unit_.rank != 0) return;\n", ""),
         (
             "the counter is incremented in every wave",

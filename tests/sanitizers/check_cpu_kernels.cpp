@@ -533,7 +533,7 @@ class Check {
     Buffer mask;
     if (c_.mask) {
       mask = Buffer::of_bytes(mask_bytes, c_.placement);
-      fill_with_wrong_bits(mask);
+      fill_with_wrong_bits(mask, mean_, invstd_);
     }
     const bool tracked = !random_.one_in(4), cumulative = random_.one_in(4);
     PerChannel new_mean = tracked ? per_channel(0, 1) : PerChannel{};
@@ -575,8 +575,8 @@ class Check {
       if (!tracked) continue;
       const double m = (1 - momentum) * before_mean[i] + momentum * mean_[i];
       expect("running_mean", c, new_mean[c], m, mean_error + 1e-14, new_mean.buffer.dtype());
-      if (n == 1) continue;  // the unbiased variance of one value is nan
-      const double unbiased = m2_[i] / (n - 1);
+      // One value has no unbiased variance, and moves nothing.
+      const double unbiased = n == 1 ? before_var[i] : m2_[i] / (n - 1);
       const double v = (1 - momentum) * before_var[i] + momentum * unbiased;
       expect("running_var", c, new_var[c], v, error * unbiased + 1e-14, new_var.buffer.dtype());
     }
@@ -586,7 +586,7 @@ class Check {
     expect_gaps("running_mean", new_mean);
     expect_gaps("running_var", new_var);
     expect_output("y", y, mean_, invstd_);
-    if (c_.mask) expect_mask(mask);
+    if (c_.mask) expect_mask(mask, mean_, invstd_);
   }
 
   Location location(std::int64_t i) const {
@@ -596,18 +596,20 @@ class Check {
   bool expected_bit(const Input& in) const { return derivative_of(c_.activation, in.z, 0) == 1; }
 
   // So that a bit that isn't written is wrong.
-  void fill_with_wrong_bits(const Buffer& mask) const {
+  void fill_with_wrong_bits(const Buffer& mask, const std::vector<double>& mean,
+                            const std::vector<double>& invstd) const {
     for (std::int64_t i = 0; i < p_.numel(); ++i) {
-      if (!expected_bit(input_at(i, mean_, invstd_))) continue;
+      if (!expected_bit(input_at(i, mean, invstd))) continue;
       const Location at = location(i);
       mask.bytes()[at.mask_byte] &= static_cast<std::uint8_t>(~(1u << at.mask_bit));
     }
   }
 
-  void expect_mask(const Buffer& mask) const {
+  void expect_mask(const Buffer& mask, const std::vector<double>& mean,
+                   const std::vector<double>& invstd) const {
     for (std::int64_t i = 0; i < p_.numel(); ++i) {
       const Location at = location(i);
-      const Input in = input_at(i, mean_, invstd_);
+      const Input in = input_at(i, mean, invstd);
       if (near_jump(c_.activation, in.z, in.error)) continue;
       const bool bit = (mask.bytes()[at.mask_byte] >> at.mask_bit) & 1;
       if (bit != expected_bit(in)) fail("bit of the mask of element", i, bit, !bit, 0);
@@ -615,7 +617,14 @@ class Check {
   }
 
   void forward_eval() {
+    std::vector<double> mean, invstd;
+    for (std::int64_t c = 0; c < p_.c; ++c) {
+      mean.push_back(running_mean_[c]);
+      invstd.push_back(1 / std::sqrt(running_var_[c] + kEps));
+    }
     const Buffer y = output();
+    const Buffer mask = c_.mask ? random_mask() : Buffer{};
+    if (c_.mask) fill_with_wrong_bits(mask, mean, invstd);
     const batchnorm::ForwardEval call{p_,
                                       x_.data(),
                                       residual(),
@@ -626,15 +635,12 @@ class Check {
                                       running_var_.view(),
                                       kEps,
                                       c_.activation,
-                                      c_.param};
-    const CpuPlan chosen = plan(Pass::kEval, false);
+                                      c_.param,
+                                      c_.mask ? mask.bytes() : nullptr};
+    const CpuPlan chosen = plan(Pass::kEval, c_.mask);
     in_fresh_thread([&](const auto& loop) { batchnorm::cpu::forward_eval(call, chosen, loop); });
-    std::vector<double> mean, invstd;
-    for (std::int64_t c = 0; c < p_.c; ++c) {
-      mean.push_back(running_mean_[c]);
-      invstd.push_back(1 / std::sqrt(running_var_[c] + kEps));
-    }
     expect_output("y in eval mode", y, mean, invstd);
+    if (c_.mask) expect_mask(mask, mean, invstd);
   }
 
   // The mask's bits are an input like any other: random ones, beside the rows' ends too.

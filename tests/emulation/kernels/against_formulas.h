@@ -29,8 +29,8 @@ class Formulas {
   }
 
   void check_inference() const {
-    const Tensor y = infer(c_, data_);
-    const Tensor mean = saved_values(c_), invstd = saved_values(c_);
+    const Training got = infer(c_, data_);
+    const Tensor &y = got.y, &mean = got.mean, &invstd = got.invstd;
     const cudaError_t error = cuda::eval_statistics(
         data_.running_mean.values(), data_.running_var.values(), kEps, p_.c,
         static_cast<double*>(mean.data()), static_cast<double*>(invstd.data()), nullptr);
@@ -43,6 +43,7 @@ class Formulas {
       expect_near(c_, "eval invstd", k, invstd[k], wanted, 0x1p-50 * wanted);
     }
     check_output(y, mean, invstd);
+    if (c_.masked()) check_mask(got);
     for (const Needs& needs : {Needs{}, Needs{true, false, false, false}}) {
       compare(y, mean, invstd, false, needs,
               differentiate(c_, data_, mean, invstd, nullptr, false, needs));
@@ -91,7 +92,9 @@ class Formulas {
     double momentum = c_.cumulative ? 1.0 / (kBatchesBefore + 1) : kMomentum;
     if (c_.bare) momentum = 0;  // nothing is written
     const double m = (1 - momentum) * data_.running_mean[k] + momentum * mean;
-    const double v = (1 - momentum) * data_.running_var[k] + momentum * variance * n / (n - 1);
+    // One value has no unbiased variance, and moves nothing.
+    const double unbiased = n == 1 ? data_.running_var[k] : variance * n / (n - 1);
+    const double v = (1 - momentum) * data_.running_var[k] + momentum * unbiased;
     expect_near(c_, "running_mean", k, got.running_mean[k], m, error + rounding(c_.parameters, m));
     expect_near(c_, "running_var", k, got.running_var[k], v,
                 64 * u_ * v + rounding(c_.parameters, v));

@@ -151,11 +151,12 @@ inline ForwardTrain training_call(const Case& c, const Data& data, Training* to)
   return call;
 }
 
-inline Training train(const Case& c, const Data& data) {
+inline Training train(const Case& c, const Data& data, bool skip_nonfinite = false) {
   Training to(c);
   to.running_mean.copy_from(data.running_mean);
   to.running_var.copy_from(data.running_var);
-  const ForwardTrain call = training_call(c, data, &to);
+  ForwardTrain call = training_call(c, data, &to);
+  call.skip_nonfinite = skip_nonfinite;
   make(c, "forward_train", call, [&](const CudaPlan& plan, void* workspace) {
     return cuda::forward_train(call, plan, workspace, nullptr);
   });
@@ -163,23 +164,25 @@ inline Training train(const Case& c, const Data& data) {
   return to;
 }
 
-inline Tensor infer(const Case& c, const Data& data) {
-  Tensor y = elements(c);
+// y and the mask; the statistics are eval_statistics' affair.
+inline Training infer(const Case& c, const Data& data) {
+  Training to(c);
   const ForwardEval call{c.problem,
                          data.x.data(),
                          c.residual ? data.residual.data() : nullptr,
-                         y.data(),
+                         to.y.data(),
                          c.bare ? ChannelValues{} : data.weight.values(),
                          c.bare ? ChannelValues{} : data.bias.values(),
                          data.running_mean.values(),
                          data.running_var.values(),
                          kEps,
                          c.activation,
-                         parameter_of(c.activation)};
+                         parameter_of(c.activation),
+                         c.masked() ? to.mask.data() : nullptr};
   make(c, "forward_eval", call,
        [&](const CudaPlan& plan, void*) { return cuda::forward_eval(call, plan, nullptr); });
-  expect(c, y.is_intact(), "forward_eval writes its output and nothing else");
-  return y;
+  expect(c, to.is_intact(), "forward_eval writes its outputs and nothing else");
+  return to;
 }
 
 // `mask`, as forward wrote it, or null. Without one, z is computed again where it is needed.

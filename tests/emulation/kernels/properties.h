@@ -75,6 +75,12 @@ inline void check_poisoned_input(const Case& c, Data& data, std::int64_t at, dou
     is_torchs &= std::fabs(gradients.dresidual[i] - wanted) <= rounding(c.problem.dtype, wanted);
   }
   expect(c, is_nan, "a channel with nan is nan");
+  const Training skipped = train(c, data, /*skip_nonfinite=*/true);
+  expect_same_elsewhere(c, channel, after, skipped);
+  expect(c,
+         skipped.running_mean[channel] == data.running_mean[channel] &&
+             skipped.running_var[channel] == data.running_var[channel],
+         "a channel that is not finite leaves its running statistics alone");
   expect(c, is_torchs, "the gradient where z is nan is torch's");
 }
 
