@@ -36,7 +36,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help build test test-slow test-emulated emulation mutants sanitize benchmark \
-        benchmark-smoke why-batch-norm lint format typecheck nvcc-check gpu-check clean
+        benchmark-smoke why-batch-norm lint format typecheck docs nvcc-check gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,8 +89,10 @@ $(STAMPS)/test: pyproject.toml | $(STAMPS)/torch
 	@$(call INSTALL_EXTRA,test)
 $(STAMPS)/bench: pyproject.toml | $(STAMPS)/torch
 	@$(call INSTALL_EXTRA,bench)
+$(STAMPS)/docs: pyproject.toml | $(STAMPS)/torch
+	@$(call INSTALL_EXTRA,docs)
 $(STAMPS)/dev: pyproject.toml | $(STAMPS)/torch
-	@$(call INSTALL_EXTRA,test bench dev)
+	@$(call INSTALL_EXTRA,test bench docs dev)
 
 # ---- build -------------------------------------------------------------------------------------
 
@@ -176,6 +178,10 @@ format: $(STAMPS)/dev  ## ruff and clang-format, changing files
 
 typecheck: $(STAMPS)/dev  ## mypy
 	$(PY) -m mypy
+
+# The variable silences a note about mkdocs 2, which the extra keeps out.
+docs: $(STAMPS)/docs  ## the documentation's site in build/site, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 # csrc/core and csrc/cuda as C++17 for every architecture; tests/test_resources.py reads the table.
 nvcc-check: $(STAMPS)/torch  ## the CUDA kernels under nvcc, warnings as errors, where there is one

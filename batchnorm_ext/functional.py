@@ -187,9 +187,11 @@ def batch_norm(
 
     Args:
         input: (N, C) or (N, C, *), float32, float64, bfloat16 or float16, any strides.
-        running_mean, running_var: (C,), of any floating dtype. Used where `training` is False,
-            updated in place where it is True; both may then be None.
-        weight, bias: (C,), of any floating dtype; None stands for 1 and 0.
+        running_mean: (C,), of any floating dtype. Used where `training` is False, updated in place
+            where it is True.
+        running_var: as `running_mean`; where `training` is True both may be None.
+        weight: (C,), of any floating dtype; None stands for 1.
+        bias: (C,), of any floating dtype; None stands for 0.
         training: normalise with the statistics of this batch.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance; must be positive in training.

@@ -1,9 +1,11 @@
 """Batch normalisation modules: torch's own classes with another forward, and fused ones.
 
-For each channel c of an input of shape (N, C, *)::
+For each channel c of an input of shape (N, C, *):
 
-    mean[c] = E[x[:, c]]        var[c] = E[(x[:, c] - mean[c])^2]      (batch statistics)
-    y[:, c] = activation((x[:, c] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
+    mean[c] = E[x[:, c]]                    (batch statistics)
+    var[c]  = E[(x[:, c] - mean[c])^2]
+    z[:, c] = (x[:, c] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c]
+    y = activation(z + residual)
 
 with the running estimates in place of the batch statistics in eval mode. The method is that of
 Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal

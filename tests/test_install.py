@@ -124,7 +124,7 @@ def test_the_wheel_needs_torch_only(wheel: Path) -> None:
     metadata = zipfile.ZipFile(wheel).read(info).decode()
     lines = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert [line for line in lines if "extra ==" not in line] == ["Requires-Dist: torch>=2.11"]
-    for extra in ("test", "bench", "dev", "cuda"):
+    for extra in ("test", "bench", "docs", "dev", "cuda"):
         assert f"Provides-Extra: {extra}" in metadata
 
 
