@@ -5,12 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +27,6 @@ from torch.nn import functional as F
 
 import batchnorm_ext as bx
 from batchnorm_ext import joined
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(params=MODELS)
@@ -640,20 +634,6 @@ def test_annotations_are_not_carried_along() -> None:
     Annotated.forward.__annotations__["x"] = Annotated
     program = type(bx.fuse_batchnorm(Annotated()))._program  # type: ignore[attr-defined]
     assert "norm_act" in program.source and "Annotated" not in program.source
-
-
-def test_example() -> None:
-    done = subprocess.run(
-        [sys.executable, "examples/fuse_resnet.py", "--steps", "1"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "fused     6.bn2: relu(norm + residual)" in done.stdout
-    assert "loss of torch's" in done.stdout and done.stdout.count("times as fast") == 3
 
 
 # --- other people's models ----------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""The programs in examples/: each runs, shows what it is there to show, and stands on a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+#: What the output has to match, somewhere and over lines: the point of each example.
+SHOWN = {
+    "averaged_weights.py": r"last model's statistics: loss \d.*\nfresh .*\nbatches in them: 4\n",
+    "convert.py": (
+        r"torch\.nn\S+BatchNorm2d: loss .*\nbatchnorm_ext\.modules\.BatchNorm2d: loss .*\n"
+        r"torch\.nn\S+BatchNorm2d: loss .*\nthe same parameters: True\nthe same .* keys: True\n"
+    ),
+    "distributed_data_parallel.py": (
+        r"^weight is the same in both processes: True\n(.*: True\n){3}num_batches_tracked.*True\n$"
+    ),
+    "ensemble.py": r"batches seen: 30 30 30 30 30\n.*\nthe same statistics: True\n",
+    "fuse_resnet.py": (
+        r"fused     6\.bn2: relu\(norm \+ residual\)(.*\n)*"
+        r"loss of torch's.*\n+(.*times as fast\n){3}"
+    ),
+    "gradient_penalty.py": r"(step \d+: distance \d+\.\d+, penalty 0\.\d+\n){3}",
+    "mixed_precision.py": (
+        r"bfloat16 out, torch\.float32 weight, torch\.float32 running_var\n.*scale 1 -> 1\n"
+        r"norm: torch\.float16 out, torch\.float32 weight, torch\.float32 running_var\n"
+    ),
+    "sharded.py": r"bfloat16, running_var torch\.float32\nweight torch\.float32, 4 of 8 here\n",
+}
+#: What makes an example shorter.
+OPTIONS = {"fuse_resnet.py": ["--steps", "1"]}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str) -> None:
+    assert name in SHOWN, "say in SHOWN what it prints"
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}", *OPTIONS.get(name, [])],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(SHOWN[name], done.stdout), done.stdout
+
+
+def test_every_example_stands_on_a_page() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "workflows").glob("*.md"))
+    assert set(EXAMPLES) <= set(re.findall(r"examples/(\w+\.py)", pages))
