@@ -179,7 +179,8 @@ format: $(STAMPS)/dev  ## ruff and clang-format, changing files
 typecheck: $(STAMPS)/dev  ## mypy
 	$(PY) -m mypy
 
-# The variable silences a note about mkdocs 2, which the extra keeps out.
+# The variable silences a note about mkdocs 2, which the extra keeps out. Not with --quiet, under which
+# mkdocs doesn't count warnings.
 docs: $(STAMPS)/docs  ## the documentation's site in build/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
