@@ -15,7 +15,15 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 #: What the output has to match, somewhere and over lines: the point of each example.
 SHOWN = {
+    "accumulate.py": (
+        r"one batch +updates: 1, (running_var: [\d.]+)\ndefault +updates: 8, (?!\1).*\n"
+        r"accumulated +updates: 1, \1\n"
+    ),
     "averaged_weights.py": r"last model's statistics: loss \d.*\nfresh .*\nbatches in them: 4\n",
+    "checkpointing.py": (
+        r"torch +batches counted: 2, (.*)\ndefault +batches counted: 2, \1\n"
+        r"\S+=skip +batches counted: 1, .* 0\.0000\n"
+    ),
     "convert.py": (
         r"torch\.nn\S+BatchNorm2d: loss .*\nbatchnorm_ext\.modules\.BatchNorm2d: loss .*\n"
         r"torch\.nn\S+BatchNorm2d: loss .*\nthe same parameters: True\nthe same .* keys: True\n"
@@ -24,6 +32,10 @@ SHOWN = {
         r"^weight is the same in both processes: True\n(.*: True\n){3}num_batches_tracked.*True\n$"
     ),
     "ensemble.py": r"batches seen: 30 30 30 30 30\n.*\nthe same statistics: True\n",
+    "freeze.py": (
+        r"6\.42 MB\n.* 3\.21 MB\n.* 0\.10 MB\n"
+        r"frozen: 0 batches counted, trains \[\]\nunfrozen: trains \['weight', 'bias'\]\n"
+    ),
     "fuse_resnet.py": (
         r"fused     6\.bn2: relu\(norm \+ residual\)(.*\n)*"
         r"loss of torch's.*\n+(.*times as fast\n){3}"
@@ -34,6 +46,11 @@ SHOWN = {
     "mixed_precision.py": (
         r"bfloat16 out, torch\.float32 weight, torch\.float32 running_var\n.*scale 1 -> 1\n"
         r"norm: torch\.float16 out, torch\.float32 weight, torch\.float32 running_var\n"
+    ),
+    "policies.py": (
+        r"default +running_mean: \[.*inf.*\]\n.*skip +running_mean: (?!.*inf).*\n"
+        r"single_value, default: +Expected more than 1 value.*\n.*running: .*\n"
+        r".*zero_variance: +\[0\.0, 0\.0, 0\.0, 0\.0\]\n"
     ),
     "sharded.py": r"bfloat16, running_var torch\.float32\nweight torch\.float32, 4 of 8 here\n",
 }
