@@ -128,8 +128,8 @@ test-slow: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## the slow tests: about 10 
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 # Without the sizes that take the emulation a minute each.
-EMULATED := ops policies layouts forward backward autograd modules semantics numerics determinism errors \
-            convert torch_module_db cuda_plans
+EMULATED := ops policies frozen accumulation layouts forward backward autograd modules semantics \
+            numerics determinism errors convert torch_module_db cuda_plans
 test-emulated: $(BUILT) $(STAMPS)/test  ## the tests on the CUDA kernels, on the emulated device
 	BATCHNORM_EXT_EMULATED_CUDA=1 $(PY) -m pytest $(EMULATED:%=tests/test_%.py) \
 	    --deselect tests/test_numerics.py::test_extreme_sizes $(PYTEST_ARGS)

@@ -18,6 +18,8 @@ PARTS = [
     "test_cuda_plans.py",
     "test_ops.py",
     "test_policies.py",
+    "test_frozen.py",
+    "test_accumulation.py",
     "test_layouts.py",
     "test_modules.py",
     "test_forward.py::test_any_choices",

@@ -99,8 +99,7 @@ variable_list differentiable_backward(const at::Tensor& grad_output, const varia
   const at::Tensor dy = grad_output.to(dtype);
   at::Tensor invstd = channels(saved[kInvstd]), normalized;
   if (input.defined()) {
-    // A shift by the mean as a constant changes no derivative, and keeps the digits of x far from
-    // 0.
+    // A shift by a constant changes no derivative, and keeps the digits of x far from 0.
     at::Tensor centered = input.to(dtype) - channels(saved[kMean]);
     if (s.training) {
       centered = centered - centered.mean(dims, true);

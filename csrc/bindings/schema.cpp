@@ -23,9 +23,9 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "float activation_param, bool save_mask=False) -> (Tensor, Tensor)");
   // What backward needs of running statistics, as they are now: float64 (C,) mean and invstd.
   m.def("eval_statistics(Tensor running_mean, Tensor running_var, float eps) -> (Tensor, Tensor)");
-  // Gradients of input, residual, weight, bias; those that output_mask leaves out are empty. In
-  // eval mode input is not needed where a mask is given, or no activation, and no gradient of
-  // weight.
+  // Gradients of input, residual, weight, bias; those that output_mask leaves out are empty. Input
+  // may be absent in eval mode, with a mask or no activation, if no gradient of weight is asked
+  // for.
   m.def(
       "backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor mean, Tensor invstd, Tensor? mask, bool training, str activation, "
