@@ -148,3 +148,22 @@ def test_compiled_accumulation(dynamic: bool) -> None:
                 for seed, n in enumerate((4, 2, 5)):
                     function(images(seed, n)).square().mean().backward()
     assert_same(model, eager)
+
+
+def test_a_single_value_by_the_running_statistics_takes_no_part() -> None:
+    """It is normalised with the module's own, not with what is collected."""
+    norm = bx.set_policies(norm_for((1, 6)), single_value="running")
+    expected, before = norm_for((1, 6)).eval(), buffers(norm)
+    x = values((1, 6))
+    with bx.accumulate_statistics(norm):
+        torch.testing.assert_close(norm(x), expected(x), rtol=0, atol=0)
+    torch.testing.assert_close(buffers(norm), before, rtol=0, atol=0)
+
+
+def test_a_block_of_recomputations_alone_moves_nothing() -> None:
+    model = bx.set_policies(Checkpointed("fused").double(), recomputation="skip")
+    loss = model(images(0)).square().mean()
+    before = buffers(model)
+    with bx.accumulate_statistics(model):
+        loss.backward()
+    torch.testing.assert_close(buffers(model), before, rtol=0, atol=0)
