@@ -31,7 +31,7 @@ class Accumulator:
     def add(self, n: int, buffers: tuple[Tensor, Tensor, Tensor], skip_nonfinite: bool) -> None:
         """Take in a mini-batch of `n` values per channel, from what the forward pass wrote.
 
-        Its counter is 0 where the pass was a recomputation that was not to write.
+        Its counter is 0 where the pass was a recomputation that was not to write, and so are they.
         """
         mean, variance, batches = buffers
         count = torch.full_like(mean, n) * batches
@@ -41,7 +41,7 @@ class Accumulator:
         total = self.count + count
         share = count / total.clamp(min=1)
         delta = mean - self.mean
-        self.m2 += variance * (count - 1).clamp(min=0) + delta.square() * self.count * share
+        self.m2 += variance * (count - 1) + delta.square() * self.count * share
         self.mean += delta * share
         self.count.copy_(total)
         self.batches += batches

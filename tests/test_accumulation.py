@@ -160,8 +160,10 @@ def test_a_single_value_by_the_running_statistics_takes_no_part() -> None:
     torch.testing.assert_close(buffers(norm), before, rtol=0, atol=0)
 
 
-def test_a_block_of_recomputations_alone_moves_nothing() -> None:
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_block_of_recomputations_alone_moves_nothing(use_reentrant: bool) -> None:
     model = bx.set_policies(Checkpointed("fused").double(), recomputation="skip")
+    model.use_reentrant = use_reentrant
     loss = model(images(0)).square().mean()
     before = buffers(model)
     with bx.accumulate_statistics(model):

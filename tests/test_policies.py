@@ -13,6 +13,7 @@ from networks import Checkpointed, Network, assert_same, gradients, images
 from norms import LAYOUTS, OF_EVERY_KIND, SHAPES, buffers, norm_for, values
 from strategies import DEVICE
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad
 
 import batchnorm_ext as bx
@@ -119,11 +120,12 @@ def test_a_variance_that_overflows_is_not_finite() -> None:
         assert moved.tolist() == [c != 1 for c in range(6)]
 
 
-def test_nonfinite_statistics_under_a_transform() -> None:
-    """torch's own operators stand in there, and follow the policy too."""
+@pytest.mark.parametrize("value", [math.inf, 1e30])
+def test_nonfinite_statistics_under_a_transform(value: float) -> None:
+    """torch's own operators stand in there; with 1e30 the variance alone is not finite."""
     norm = bx.set_policies(norm_for((4, 6)), nonfinite_statistics="skip")
     x = values((4, 6))
-    x[0, 3] = math.inf
+    x[0, 3] = value
     before, after = buffers(norm), buffers(norm)
     grad(lambda t, b: functional_call(norm, b, (t,)).nan_to_num().sum())(x, after)
     moved = after["running_mean"] != before["running_mean"]
@@ -255,6 +257,16 @@ def test_nested_checkpoints() -> None:
         return inner(norm, t, use_reentrant=False) * 2
 
     inner(nested, x, use_reentrant=True).square().sum().backward()
+    assert norm.num_batches_tracked == 1
+
+
+def test_a_recomputation_under_forward_mode() -> None:
+    """torch's own operators stand in there too."""
+    norm = bx.set_policies(bx.BatchNorm2d(3), recomputation="skip")
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    with forward_ad.dual_level():
+        y = torch.utils.checkpoint.checkpoint(norm, x, use_reentrant=True)
+        y.square().sum().backward()
     assert norm.num_batches_tracked == 1
 
 
