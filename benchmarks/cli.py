@@ -1,4 +1,4 @@
-"""The command line: run, compare, plot, env, train, micro, predict.
+"""The command line: run, compare, plot, env, train, micro, penalty, predict.
 
 torch is loaded by the commands only.
 """
@@ -247,6 +247,18 @@ def micro(
     """Measure what single choices rest on: page faults, the plan's thresholds, the kernels."""
     _require_extension()
     from benchmarks import micro as measurements
+
+    measurements.run(output, budget)
+
+
+@app.command()
+def penalty(
+    budget: Annotated[float, typer.Option(help="seconds for each comparison")] = 1.5,
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+) -> None:
+    """Time the step of a gradient penalty (double backward), layers and a critic, against torch."""
+    _require_extension()
+    from benchmarks import penalty as measurements
 
     measurements.run(output, budget)
 

@@ -241,8 +241,5 @@ def measure(budget_s: float) -> dict[str, Any]:
 def run(output: Path | None, budget_s: float) -> None:
     """Measure, show, write."""
     result = measure(budget_s)
-    console = report.make_console()
-    console.print(*report.micro_tables(result))
-    stem = results.free_stem(output or results.RESULTS, results.stem_for(result), [".json"])
-    written = results.write_json(result, Path(f"{stem}.json"))
-    console.print(f"written: {written}", highlight=False, soft_wrap=True)
+    report.make_console().print(*report.micro_tables(result))
+    print("written:", results.write_result(result, output))

@@ -256,6 +256,21 @@ def micro_tables(result: dict[str, Any]) -> list[Table]:
     return [memory, plans, costs]
 
 
+def penalty_table(result: dict[str, Any]) -> Table:
+    """What `penalty` measured: torch's step and ours, layer by layer and for the critic."""
+    table = simple_table("Gradient penalty: backward with a graph, and backward through it")
+    for name in ("step", "shape", "layout", "dtype", "torch", "ours", "times as fast"):
+        left = name in ("step", "shape", "layout", "dtype")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for row in result["penalty"]:
+        keys = (row["what"], row["shape"], SHORT[row["layout"]], SHORT[row["dtype"]])
+        times = (time_text(row["timings"][name]["median"]) for name in ("eager", OURS))
+        table.add_row(*keys, *times, ratio_text(row["speedup"]))
+    table.caption = f"Geometric mean: {result['geometric_mean']:.2f} times as fast."
+    table.caption_justify = "left"
+    return table
+
+
 def compare_table(a: pd.DataFrame, b: pd.DataFrame, candidate: str, labels: list[str]) -> Table:
     """`candidate`'s cases that both frames hold: time in each, and how many times as fast b is."""
     picked = [data[data["candidate"] == candidate] for data in (a, b)]

@@ -96,6 +96,12 @@ def write_json(result: dict[str, Any], path: Path, indent: int | None = 1) -> Pa
     return path
 
 
+def write_result(result: dict[str, Any], folder: Path | None) -> Path:
+    """Write the document alone, under a name that is free; `folder` is by default RESULTS."""
+    stem = free_stem(folder or RESULTS, stem_for(result), [".json"])
+    return write_json(result, Path(f"{stem}.json"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a document; ValueError where it is not one that this version knows.
 

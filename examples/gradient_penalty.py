@@ -2,8 +2,8 @@
 
     python examples/gradient_penalty.py
 
-With `create_graph=True` the gradients are computed by torch's own operators, which have every
-derivative; without it, by this package's backward kernels.
+With `create_graph=True` too the gradients come from this package's kernels, and so do their
+derivatives.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Derivatives of every kind: first and second, backward and forward, under functorch."""
+"""First derivatives, backward and forward, and functorch; the second: test_double_backward.py."""
 
 from __future__ import annotations
 
@@ -9,55 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import ACTIVATION_PARAMS, DTYPES, LAYOUTS, activation_arguments
+from calls import BOTH, NAMES, Statistics, composed, double, ours
+from strategies import LAYOUTS
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
-from batchnorm_ext import BatchNorm1d, BatchNormAct1d, batch_norm, functional
-
-#: Activations whose second derivative exists (but for points that random values don't hit).
-NAMES = list(ACTIVATION_PARAMS)
-BOTH = ("contiguous", "channels_last")
-Statistics = tuple[Tensor | None, Tensor | None]
-
-
-def composed(
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    residual: Tensor | None = None,
-    name: str = "identity",
-) -> Tensor:
-    """torch's separate operators."""
-    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    if residual is not None:
-        y = y + residual
-    return functional._activate(y, name, ACTIVATION_PARAMS[name])
-
-
-def ours(*args: Any, name: str = "identity", **kwargs: Any) -> Tensor:
-    """Our function, with the activation by its operator's name."""
-    kwargs |= activation_arguments(name, ACTIVATION_PARAMS[name])
-    return batch_norm(*args, **kwargs)
-
-
-def _double(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def _away_from_kinks(values: Tensor) -> Tensor:
-    """Finite differences must not step over a kink of the activation (at 0, 3 and 6)."""
-    return torch.where((values % 1.0 - 0.5).abs() > 0.45, values + 0.1, values)
-
+from batchnorm_ext import BatchNorm1d, BatchNormAct1d, batch_norm
 
 # ---- against finite differences ----
 
@@ -68,10 +28,10 @@ def _away_from_kinks(values: Tensor) -> Tensor:
 def test_gradcheck(name: str, training: bool, layout: str) -> None:
     """All four inputs, float64; forward-mode AD beside it."""
     torch.manual_seed(3)
-    x = LAYOUTS[layout](_double(3, 2, 3)).requires_grad_()
-    residual = (4.0 * _double(3, 2, 3)).requires_grad_()  # spreads z over all branches
-    weight, bias = _double(2).requires_grad_(), _double(2).requires_grad_()
-    statistics: Statistics = (None, None) if training else (_double(2), _double(2).square() + 0.5)
+    x = LAYOUTS[layout](double(3, 2, 3)).requires_grad_()
+    residual = (4.0 * double(3, 2, 3)).requires_grad_()  # spreads z over all branches
+    weight, bias = double(2).requires_grad_(), double(2).requires_grad_()
+    statistics: Statistics = (None, None) if training else (double(2), double(2).square() + 0.5)
 
     def call(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return ours(x, *statistics, w, b, training, eps=1e-3, residual=r, name=name)
@@ -85,8 +45,8 @@ def test_gradcheck(name: str, training: bool, layout: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(5, 2), (3, 2, 2, 2), (2, 2, 2, 1, 2)], ids=str)
 def test_gradcheck_of_other_ranks(shape: tuple[int, ...], training: bool) -> None:
-    x, weight = _double(*shape).requires_grad_(), _double(2).requires_grad_()
-    statistics: Statistics = (None, None) if training else (_double(2), _double(2).square() + 0.5)
+    x, weight = double(*shape).requires_grad_(), double(2).requires_grad_()
+    statistics: Statistics = (None, None) if training else (double(2), double(2).square() + 0.5)
 
     def call(x: Tensor, w: Tensor) -> Tensor:
         return batch_norm(x, *statistics, w, None, training)
@@ -244,113 +204,6 @@ def test_memory_kept_for_backward(residual: bool, name: str, dtype: torch.dtype)
     assert kept <= x.nbytes + mask + 16 * 64
 
 
-# ---- second derivatives ----
-
-
-@pytest.mark.parametrize("layout", BOTH)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_double_backward_is_torchs(name: str, training: bool, layout: str) -> None:
-    """The gradient of a penalty on the gradient, with respect to everything, dy too."""
-    shape, c = (4, 3, 5), 3
-    x = LAYOUTS[layout](_double(*shape)).requires_grad_()
-    leaves = [x, _double(*shape), _double(c), _double(c), _double(*shape)]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    statistics: Statistics = (None, None) if training else (_double(c), _double(c).square() + 0.5)
-    results = []
-    for function in (ours, composed):
-        x, residual, weight, bias, dy = leaves
-        y = function(x, *statistics, weight, bias, training, residual=residual, name=name)
-        first = torch.autograd.grad(y, leaves[:4], dy, create_graph=True)
-        penalty = sum(g.square().sum() for g in first) + y.sum()
-        results.append([*first, *torch.autograd.grad(penalty, leaves)])
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_create_graph_changes_no_gradient(name: str, dtype: torch.dtype) -> None:
-    """The differentiable formula and the kernel agree to the rounding of the dtype."""
-    shape, c = (4, 3, 5), 3
-    x, residual, dy = (torch.randn(shape).to(dtype) for _ in range(3))
-    weight, bias = torch.rand(c) + 0.5, torch.randn(c)
-    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
-    y = ours(x, None, None, weight, bias, True, residual=residual, name=name)
-    kernel = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    formula = torch.autograd.grad(y, leaves, dy, create_graph=True)
-    eps = 4 * torch.finfo(dtype).eps
-    for got, wanted in zip(formula, kernel, strict=True):
-        assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted, rtol=max(eps, 1e-5), atol=max(eps, 1e-5))
-
-
-@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e5])
-def test_create_graph_far_from_zero(ratio: float) -> None:
-    """|mean| / std in float32: the differentiable formula needs the statistics as exactly."""
-    x = (torch.randn(64, 3, 5) + ratio).requires_grad_()
-    dy = torch.randn(64, 3, 5)
-    y = batch_norm(x, None, None, training=True)
-    (expected,) = torch.autograd.grad(y, x, dy, retain_graph=True)
-    (got,) = torch.autograd.grad(y, x, dy, create_graph=True)
-    z = F.batch_norm(x, None, None, training=True)
-    (torchs,) = torch.autograd.grad(z, x, dy, create_graph=True)
-    error = float((got - expected).abs().max())
-    assert error <= max(float((torchs - expected).abs().max()), 1e-5)
-
-
-@pytest.mark.parametrize("layout", BOTH)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu"])
-def test_create_graph_takes_the_same_mask(name: str, residual: bool, layout: str) -> None:
-    """Where z is 0 but for rounding, both backward passes must decide alike."""
-    x = LAYOUTS[layout](torch.full((37, 3, 11), 0.1) + torch.tensor([0.0, 1e3, -7.0])[:, None])
-    x.requires_grad_()
-    bias = torch.tensor([0.0, 0.0, 6.0])
-    added = torch.zeros(x.shape, requires_grad=True) if residual else None
-    y = ours(x, None, None, None, bias, True, residual=added, name=name)
-    leaves = [x, added] if added is not None else [x]
-    dy = torch.ones_like(y)
-    kernel = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    formula = torch.autograd.grad(y, leaves, dy, create_graph=True)
-    for got, wanted in zip(formula, kernel, strict=True):
-        torch.testing.assert_close(got, wanted)
-
-
-def test_third_derivative() -> None:
-    """Of the formula in elementary operators: torch's own is wrong here (2.13 takes the saved
-    statistics for constants in its second derivative)."""
-    x = _double(5, 2).requires_grad_()
-
-    def formula(x: Tensor) -> Tensor:
-        centered = x - x.mean(0)
-        return centered * (centered.square().mean(0) + 1e-5).rsqrt()
-
-    results = []
-    for function in (lambda t: batch_norm(t, None, None, training=True), formula):
-        value = function(x).pow(3).sum()
-        for _ in range(2):
-            (value,) = torch.autograd.grad(value, x, create_graph=True)
-            value = value.pow(2).sum()
-        results.append(torch.autograd.grad(value, x)[0])
-    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-8)
-
-
-def test_double_backward_after_the_buffers_changed() -> None:
-    x, dy = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
-    results = []
-    for disturb in (False, True):
-        mean, var = torch.zeros(3), torch.ones(3)
-        y = batch_norm(x, mean, var, activation="silu")
-        if disturb:
-            mean.add_(9.0)
-            var.add_(9.0)
-        (g,) = torch.autograd.grad(y, x, dy, create_graph=True)
-        results.append((g, torch.autograd.grad(g.square().sum(), x)[0]))
-    for undisturbed, disturbed in zip(*results, strict=True):
-        assert torch.equal(undisturbed, disturbed)
-
-
 # ---- forward mode and functorch: torch's own path, torch's answers ----
 
 
@@ -358,9 +211,9 @@ def test_double_backward_after_the_buffers_changed() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode(name: str, training: bool) -> None:
     c = 3
-    primals = (_double(4, c, 5), _double(4, c, 5), _double(c), _double(c))
+    primals = (double(4, c, 5), double(4, c, 5), double(c), double(c))
     tangents = tuple(torch.randn_like(p) for p in primals)
-    statistics: Statistics = (None, None) if training else (_double(c), _double(c).square() + 0.5)
+    statistics: Statistics = (None, None) if training else (double(c), double(c).square() + 0.5)
     results = []
     for function in (ours, composed):
         with forward_ad.dual_level():
@@ -392,8 +245,8 @@ TRANSFORMS: dict[str, Transformed] = {
 @pytest.mark.parametrize("name", ["identity", "relu", "gelu_tanh"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_functorch(transform: str, name: str, training: bool) -> None:
-    x, residual, weight = _double(3, 2, 2), _double(3, 2, 2), _double(2)
-    statistics: Statistics = (None, None) if training else (_double(2), _double(2).square() + 0.5)
+    x, residual, weight = double(3, 2, 2), double(3, 2, 2), double(2)
+    statistics: Statistics = (None, None) if training else (double(2), double(2).square() + 0.5)
     results = []
     for function in (ours, composed):
 
@@ -413,7 +266,7 @@ def test_per_sample_gradients_of_a_module() -> None:
     modules[0].get_buffer("running_mean").add_(0.25)
     modules[1].load_state_dict(modules[0].state_dict())
     parameters = {name: p.detach() for name, p in modules[0].named_parameters()}
-    x = _double(4, 2, 3)
+    x = double(4, 2, 3)
     results = []
     for module in modules:
 
@@ -436,7 +289,7 @@ def test_captured_buffers_are_refused_as_torch_does(transform: Any) -> None:
 
 def test_fused_module_under_jvp() -> None:
     module = BatchNormAct1d(3, "silu", track_running_stats=False).double()
-    x, tangent, residual = _double(4, 3), _double(4, 3), _double(4, 3)
+    x, tangent, residual = double(4, 3), double(4, 3), double(4, 3)
 
     def separate(t: Tensor) -> Tensor:
         return F.silu(F.batch_norm(t, None, None, module.weight, module.bias, True) + residual)

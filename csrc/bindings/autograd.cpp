@@ -1,17 +1,10 @@
 // The differentiable operator: one composite op over a C++ autograd Function.
+#include "bindings/autograd.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/elu_backward.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/hardswish_backward.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
-#include <c10/core/SymIntArrayRef.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
-
-#include <numeric>
 
 #include "bindings/build.h"
 #include "bindings/checks.h"
@@ -22,122 +15,8 @@ namespace bindings {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
-struct Settings : torch::CustomClassHolder {
-  bool training = false;
-  std::optional<double> momentum;
-  double eps = 0;
-  std::string activation_name;
-  Activation activation = Activation::kIdentity;
-  double activation_param = 0;
-  bool skip_nonfinite = false, skip_recomputation = false;
-  // Written or read in forward only, and no arguments of the Function: they have no gradient.
-  OptionalTensor running_mean, running_var, num_batches_tracked;
-  std::array<bool, 4> given{};  // which of the differentiable arguments
-};
-
-// Positions of the saved tensors; the first four are those of the arguments and their gradients.
-enum Saved { kInput, kResidual, kWeight, kBias, kMean, kInvstd, kMask };
-
-OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
 at::Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); }
-
-// dy * act'(z) of the smooth activations, in operators that are differentiable themselves.
-at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Settings& s) {
-  switch (s.activation) {
-    case Activation::kElu:
-      return at::elu_backward(dy, s.activation_param, 1, 1, false, z);
-    case Activation::kSilu: {
-      const at::Tensor sigmoid = z.sigmoid();
-      return dy * sigmoid * (1 + z * (1 - sigmoid));
-    }
-    case Activation::kGelu:
-      return at::gelu_backward(dy, z, "none");
-    case Activation::kGeluTanh:
-      return at::gelu_backward(dy, z, "tanh");
-    case Activation::kHardswish:
-      return at::hardswish_backward(dy, z);
-    default:
-      return dy;
-  }
-}
-
-// The kernels' own act'(z) of the piecewise-linear ones, a constant almost everywhere: 1, or less
-// where the forward pass dropped the element.
-at::Tensor is_kept(const at::Tensor& dy, const variable_list& saved, const Settings& s) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const at::Tensor ones = at::ones_like(saved[kInput].defined() ? saved[kInput] : dy);
-  const auto gradients = ops::backward(
-      ones, optional(saved[kInput]), optional(saved[kResidual]), optional(saved[kWeight]),
-      optional(saved[kBias]), saved[kMean], saved[kInvstd], optional(saved[kMask]), s.training,
-      s.activation_name, 0, {false, true, false, false});
-  return std::get<1>(gradients) == 1;
-}
-
-// The gradients by the formula of core/calls.h, as a differentiable function of dy, input,
-// residual, weight and bias: what create_graph=True asks for. Statistics are computed again, so
-// that they are part of the graph.
-variable_list differentiable_backward(const at::Tensor& grad_output, const variable_list& saved,
-                                      const Settings& s, const std::array<bool, 4>& needed) {
-  const at::Tensor &input = saved[kInput], &residual = saved[kResidual], &weight = saved[kWeight],
-                   &bias = saved[kBias];
-  const at::ScalarType outer = grad_output.scalar_type();
-  const auto dtype = outer == at::kDouble ? at::kDouble : at::kFloat;
-  const std::int64_t rank = grad_output.dim();
-  std::vector<std::int64_t> dims(static_cast<std::size_t>(rank - 1));
-  std::iota(dims.begin(), dims.end(), 1);
-  dims[0] = 0;  // all but the channels': 0, 2, 3, ...
-  std::vector<std::int64_t> per_channel(static_cast<std::size_t>(rank), 1);
-  per_channel[1] = -1;
-  const auto channels = [&](const at::Tensor& values) {
-    return values.to(dtype).reshape(per_channel);
-  };
-
-  const at::Tensor dy = grad_output.to(dtype);
-  at::Tensor invstd = channels(saved[kInvstd]), normalized;
-  if (input.defined()) {
-    // A shift by a constant changes no derivative, and keeps the digits of x far from 0.
-    at::Tensor centered = input.to(dtype) - channels(saved[kMean]);
-    if (s.training) {
-      centered = centered - centered.mean(dims, true);
-      invstd = (centered.square().mean(dims, true) + s.eps).rsqrt();
-    }
-    normalized = centered * invstd;
-  }
-  at::Tensor dz = dy;
-  if (is_piecewise_linear(s.activation)) {
-    const bool leaky = s.activation == Activation::kLeakyRelu;
-    dz = at::where(is_kept(grad_output, saved, s), dy,
-                   leaky ? dy * s.activation_param : at::zeros_like(dy));
-  } else if (s.activation != Activation::kIdentity) {
-    at::Tensor z = normalized;
-    if (weight.defined()) z = z * channels(weight);
-    if (bias.defined()) z = z + channels(bias);
-    if (residual.defined()) z = z + residual.to(dtype);
-    dz = smooth_gradient(dy, z, s);
-  }
-  const auto shaped_like = [](const at::Tensor& gradient, const at::Tensor& value) {
-    return gradient.reshape_symint(value.sym_sizes()).to(value.scalar_type());
-  };
-  variable_list gradients(4);
-  if (needed[kInput]) {
-    const at::Tensor scale = weight.defined() ? invstd * channels(weight) : invstd;
-    at::Tensor inner = dz;
-    if (s.training) {
-      inner = dz - dz.mean(dims, true) - normalized * (dz * normalized).mean(dims, true);
-    }
-    gradients[kInput] = (inner * scale).to(outer);
-  }
-  if (needed[kResidual]) gradients[kResidual] = dz.to(outer);
-  if (needed[kWeight]) {
-    gradients[kWeight] = shaped_like((dz * normalized).sum(dims, true), weight);
-  }
-  if (needed[kBias]) gradients[kBias] = shaped_like(dz.sum(dims, true), bias);
-  return gradients;
-}
 
 // The running statistics are never saved: whoever overwrites them
 // between forward and backward (another forward, DDP) changes no gradient.

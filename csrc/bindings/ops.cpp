@@ -14,6 +14,19 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 }  // namespace
 
+at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
+                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& num_batches_tracked, bool training,
+                      std::optional<double> momentum, double eps, c10::string_view activation,
+                      double activation_param, bool skip_nonfinite, bool skip_recomputation,
+                      bool allow_single_value) {
+  static const auto op = find<decltype(batch_norm)>("batchnorm_ext::batch_norm");
+  return op.call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+                 training, momentum, eps, activation, activation_param, skip_nonfinite,
+                 skip_recomputation, allow_single_value);
+}
+
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,

@@ -15,6 +15,14 @@ using OptionalTensor = std::optional<at::Tensor>;
 using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
+                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& num_batches_tracked, bool training,
+                      std::optional<double> momentum, double eps, c10::string_view activation,
+                      double activation_param, bool skip_nonfinite, bool skip_recomputation,
+                      bool allow_single_value);
+
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
