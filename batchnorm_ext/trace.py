@@ -1,69 +1,221 @@
-"""What one module's own forward computes, as a graph; or why a graph can't stand for it.
+"""What one module's own forward computes, as graphs; or why no graph can stand for it.
 
 A trace runs a forward once, with proxies for tensors, and keeps what it saw. Whatever Python
-decides on the way is frozen, so `trace_forward` runs it under several conditions and refuses where
-they disagree, where the forward leaves something changed, or draws random numbers.
+decides on the way is frozen. Where a forward asks for an argument's type, or whether it is None,
+there is a graph for each answer, with the condition under which it holds; where it decides by
+something else, runs under several conditions disagree, or it leaves something changed or draws
+random numbers, it is refused.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
+import dis
+import inspect
 import itertools
 import operator
 import pickle
 import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["Refused", "trace_forward"]
+__all__ = ["Refused", "Way", "trace_forward", "trace_norm"]
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+
+# What an argument may be found to be: exactly these, since a forward may ask for derived classes.
+_TYPES: dict[str, type] = {"Tensor": Tensor, "list": list, "tuple": tuple, "None": type(None)}
+# More than two arguments that decide have more combinations than are worth a graph each.
+_MOST_CONDITIONS = 2
 
 
 class Refused(Exception):
     """Why something is left as it is, in words for the report."""
 
 
-def trace_forward(module: nn.Module, cls: type[nn.Module]) -> fx.Graph:
-    """The graph of `cls.forward` on `module`, each child module a single node.
+class Way(NamedTuple):
+    """What a forward computes where each argument of `conditions` is what stands beside it.
+
+    That is a name of `_TYPES`, or "given" for an argument that is anything but None.
+    """
+
+    conditions: tuple[tuple[str, str], ...]
+    graph: fx.Graph
+
+
+def trace_forward(module: nn.Module, cls: type[nn.Module]) -> list[Way]:
+    """The graphs of `cls.forward` on `module`, each child module a single node.
 
     `cls` is `module`'s class or one that it derives from. `nn.Identity` children are left out.
-    The module is as before afterwards, and so are the random number generators.
+    The module is as before afterwards, and so are the random number generators. Of several ways,
+    one at most has its conditions met; a call that meets none of them is not in any graph.
 
     Raises:
         Refused: the forward has no graph, or one that would not always compute the same.
     """
+    _check_source(cls.forward)
+    arguments = _arguments(cls)
     with _observed(module, cls):
-        graph = _trace(module, _Tracer())
-        for training, grad in itertools.product((True, False), repeat=2):
-            if str(_trace(module, _Tracer(), training, grad)) != str(graph):
-                raise Refused("its forward depends on the training or the gradient mode")
-        # To fx a proxy is no Tensor and never None. Forwards that ask take another way here.
-        if str(_trace(module, _Tracer(posing=True))) != str(graph):
-            raise Refused("its forward depends on the type of an argument")
-        for node in graph.find_nodes(op="placeholder"):
-            if _goes_another_way_without(str(node.target), module, graph):
-                raise Refused(f"its forward depends on whether {node.target} is None")
+        found = list(_ways(module, arguments, {}))
+    ways = [
+        Way(tuple(known.items()), graph) for known, graph in found if isinstance(graph, fx.Graph)
+    ]
+    if not ways:
+        raise next(refusal for _, refusal in found if isinstance(refusal, Refused))
+    return ways
+
+
+def _check_source(forward: Any) -> None:
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    instructions = dis.get_instructions(code) if code else ()
+    if any(i.opname == "LOAD_GLOBAL" and i.argval == "type" for i in instructions):
+        raise Refused("its forward uses type(), which finds a proxy where a tensor will be")
+
+
+def _arguments(cls: type[nn.Module]) -> list[str]:
+    """The names of the arguments of `cls.forward` that may be None, or a list, or a tensor."""
+    _, *parameters = inspect.signature(cls.forward).parameters.values()
+    kinds = {p.kind for p in parameters}
+    if kinds >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY}:
+        raise Refused("its forward has arguments after *args, which fx puts before")
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _ways(
+    module: nn.Module, arguments: list[str], known: dict[str, str]
+) -> Iterator[tuple[dict[str, str], fx.Graph | Refused]]:
+    """What the forward computes, or why that can't be told, for each answer to what it asks."""
+    tracer = _Tracer(known)
+    graph = _attempt(module, tracer)
+    open_ = [argument for argument in arguments if argument not in known]
+    asked = next((argument for argument in open_ if argument in tracer.asked), None)
+    answers = list(_TYPES)
+    if asked is None:
+        answers = ["given", "None"]
+        asked = next((a for a in open_ if _differs_without(a, module, known, graph)), None)
+    if asked is None:
+        yield known, _in_all_modes(module, known, graph)
+    elif len(known) == _MOST_CONDITIONS:
+        yield known, Refused(f"its forward depends on what {', '.join(known)} and {asked} are")
+    else:
+        for answer in answers:
+            yield from _ways(module, arguments, {**known, asked: answer})
+
+
+def _attempt(module: nn.Module, tracer: _Tracer, *modes: bool) -> fx.Graph | Refused:
+    try:
+        return _trace(module, tracer, *modes)
+    except Refused as refusal:
+        return refusal
+
+
+def _in_all_modes(
+    module: nn.Module, known: dict[str, str], graph: fx.Graph | Refused
+) -> fx.Graph | Refused:
+    """`graph`, if the forward has it in training and in eval, with gradients and without."""
+    if isinstance(graph, fx.Graph):
+        for modes in itertools.product((True, False), repeat=2):
+            again = _attempt(module, _Tracer(known), *modes)
+            if isinstance(again, Refused):
+                return again
+            if str(again) != str(graph):
+                return Refused("its forward depends on the training or the gradient mode")
     return graph
 
 
-def _goes_another_way_without(argument: str, module: nn.Module, graph: fx.Graph) -> bool:
-    """Whether the forward is another, or has no graph, where `argument` is None."""
-    try:
-        return _calls(_trace(module, _Tracer(absent=argument))) != _calls(graph)
-    except Refused as refusal:
+def _differs_without(
+    argument: str, module: nn.Module, known: dict[str, str], graph: fx.Graph | Refused
+) -> bool:
+    """Whether the forward is another than `graph`, or has no graph, where `argument` is None."""
+    without = _attempt(module, _Tracer({**known, argument: "None"}))
+    if isinstance(without, Refused):
         # The usual case: None is no possible value, and whatever is done with it fails. Other
         # reasons lie on a way that None may take.
-        return not isinstance(refusal.__cause__, (TypeError, AttributeError, AssertionError))
+        fails = isinstance(without.__cause__, (TypeError, AttributeError, AssertionError))
+        return isinstance(graph, fx.Graph) and not fails
+    return isinstance(graph, Refused) or _steps(graph, argument) != _steps(without, argument)
 
 
-def _calls(graph: fx.Graph) -> list[tuple[str, Any]]:
-    return [(node.op, node.target) for node in graph.nodes]
+def _steps(graph: fx.Graph, absent: str = "") -> list[tuple[Any, ...]]:
+    """The nodes of `graph` in a form that can be compared, with None for the argument `absent`."""
+
+    def name(node: fx.Node) -> str | None:
+        return None if node.op == "placeholder" and node.target == absent else node.name
+
+    return [_text(node, name) for node in graph.nodes]
+
+
+def _text(node: fx.Node, name: Callable[[fx.Node], Any]) -> tuple[Any, ...]:
+    """What `node` does, in a form that can be compared, with the `name` of each node it takes."""
+    return node.op, node.target, fx.map_arg(node.args, name), fx.map_arg(node.kwargs, name)
+
+
+def trace_norm(module: nn.Module, cls: type[nn.Module], base: type[nn.Module]) -> list[fx.Node]:
+    """The calls that `cls.forward` makes, one after the other, from `base.forward`'s output on.
+
+    `base` is torch's batch norm that `cls` derives from. What either asserts of its input's shape
+    is left out: the kernels' forward asks for it as well.
+
+    Raises:
+        Refused: the forward does not begin with `base`'s, or goes on otherwise than in a chain.
+    """
+    chains = [
+        _chain_after(_norm_graph(module, base, modes), _norm_graph(module, cls, modes))
+        for modes in itertools.product((True, False), repeat=2)
+    ]
+    texts = [[_text(node, lambda _: "what came before") for node in chain] for chain in chains]
+    if any(text != texts[0] for text in texts):
+        raise Refused("its forward depends on the training or the gradient mode")
+    return chains[0]
+
+
+def _norm_graph(module: nn.Module, cls: type[nn.Module], modes: tuple[bool, ...]) -> fx.Graph:
+    unchecked = type(cls.__name__, (cls,), {"_check_input_dim": lambda self, input: None})
+    tracer = _Tracer({})
+    with _observed(module, unchecked):
+        graph = _trace(module, tracer, *modes)
+    if tracer.asked or len(graph.find_nodes(op="placeholder")) != 1:
+        raise Refused("its forward asks for the type of its input, or has several")
+    return graph
+
+
+def _chain_after(start: fx.Graph, whole: fx.Graph) -> list[fx.Node]:
+    """What `whole` does with the value that `start` returns, if it begins like that."""
+    expected, calls = _calls(start), _calls(whole)
+    if list(calls.values())[: len(expected)] != list(expected.values()):
+        raise Refused("its forward is not torch's batch norm with something after it")
+    first, *chain = list(calls)[len(expected) - 1 :]
+    output = whole.output_node()
+    for node, after in itertools.pairwise([first, *chain, output]):
+        if after.all_input_nodes != [node] or len(node.users) != 1:
+            raise Refused(
+                f"{after.name} in its forward takes something else than {node.name} alone"
+            )
+    if output.args != (list(calls)[-1],):
+        raise Refused("its forward returns something else than a tensor")
+    return chain
+
+
+def _calls(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
+    """The calls in the graph of a batch norm, but for assertions, each with its `_text`."""
+    names = {node: f"self.{node.target}" for node in graph.find_nodes(op="get_attr")}
+    names |= dict.fromkeys(graph.find_nodes(op="placeholder"), "input")
+    calls = [n for n in graph.nodes if n not in names and n.op != "output" and not _checks(n)]
+    names |= {node: f"call {i}" for i, node in enumerate(calls)}
+    return {node: _text(node, names.__getitem__) for node in calls}
+
+
+def _checks(node: fx.Node) -> bool:
+    """Whether `node` is an assertion, or what one asks or says about the input."""
+    if node.target is torch._assert:
+        return True
+    return bool(node.users or node.target is getattr) and all(map(_checks, node.users))
 
 
 def _in_place(name: str) -> Any:
@@ -99,20 +251,15 @@ class _Proxy(_InPlace, fx.Proxy):
         return _Attribute(self, name)
 
 
-class _TensorProxy(_Proxy):
-    """A proxy that is an instance of Tensor to whoever asks."""
-
-    __class__ = property(lambda self: Tensor)
-
-
 class _Tracer(fx.Tracer):
     """Records every child module as one call, and refuses what a graph would lose."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, *, posing: bool = False, absent: str | None = None) -> None:
+    def __init__(self, known: dict[str, str]) -> None:
         super().__init__()
-        self.posing, self.absent = posing, absent
+        self.known = known
+        self.asked: set[str] = set()
         self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -124,21 +271,52 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _TensorProxy(node, self) if self.posing else _Proxy(node, self)
+        return _Proxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         if _modes() != self.modes:
             raise Refused("its forward changes the gradient or autocast mode")
         proxy = super().create_proxy(kind, target, *args, **kwargs)
-        absent = kind == "placeholder" and target == self.absent
+        absent = kind == "placeholder" and self.known.get(target) == "None"
         return None if absent else proxy
 
+    def is_instance(self, node: fx.Node, classes: Any) -> bool:
+        """What `isinstance` has to say of the proxy for `node`."""
+        if node.op != "placeholder":
+            raise Refused("its forward asks for the type of something that it computed")
+        known = self.known.get(str(node.target))
+        if known in _TYPES:
+            return issubclass(_TYPES[known], classes)
+        self.asked.add(str(node.target))
+        return False
+
     def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), fx.Proxy):  # isinstance would ask a.__class__, see _TensorProxy
-            return a.node
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             raise Refused("its forward uses a tensor that is neither parameter nor buffer")
         return super().create_arg(a)
+
+
+@contextlib.contextmanager
+def _answering_isinstance() -> Iterator[None]:
+    """Run a block in which `isinstance(proxy, ...)` is answered by the proxy's tracer.
+
+    Not by a `__class__` of the proxy's: torch's C++ asks for that too, and then takes it for the
+    memory of a tensor. torch's own Python is told the truth, among it fx, that deals with proxies.
+    """
+    real = builtins.isinstance
+
+    def answer(value: Any, classes: Any, /) -> bool:
+        if type(value) in (_Proxy, _Attribute):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] not in ("torch", __package__):
+                return value.tracer.is_instance(value.node, classes)
+        return real(value, classes)
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = real
 
 
 def _modes() -> tuple[bool, ...]:
@@ -157,7 +335,8 @@ def _trace(
             torch.set_autocast_enabled(device, not grad)
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             tracer.modes = _modes()
-            graph = tracer.trace(module)
+            with _answering_isinstance():
+                graph = tracer.trace(module)
     except Refused:
         raise
     except Exception as error:

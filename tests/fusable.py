@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import batchnorm_ext as bx
 
 
 def conv(a: int, b: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -135,6 +139,82 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class AskingLayer(DenseLayer):
+    """torchvision's way: the layers before come as a list, or as one tensor."""
+
+    def joined(self, features: list[Tensor]) -> Tensor:
+        return self.conv1(F.relu(self.norm1(torch.cat(features, 1))))
+
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        y = self.joined([x] if isinstance(x, Tensor) else x)
+        return self.conv2(torch.relu(self.norm2(y)))
+
+
+class AskingDenseNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = AskingLayer(3), AskingLayer(5)
+        self.features = nn.Sequential(conv(7, 4), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x, self.first(x)]
+        features.append(self.second(features))
+        return F.relu(self.features(torch.cat(features, 1)), inplace=True)
+
+
+class Branches(nn.Module):
+    """Batch norms at the ends of Sequentials, and what follows outside: an add, an activation."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Sequential(conv(a, b), nn.BatchNorm2d(b), nn.ReLU6(inplace=True)),
+            nn.Sequential(conv(b, b), nn.BatchNorm2d(b)),
+        )
+        self.shortcut = nn.Sequential() if a == b else nn.Sequential(conv(a, b), nn.BatchNorm2d(b))
+        self.project = nn.Sequential(conv(b, b), nn.BatchNorm2d(b))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.branch(x) + self.shortcut(x))
+        return y + self.project(y)
+
+
+class NormAct(nn.BatchNorm2d):
+    """timm's way: a batch norm whose own forward goes on."""
+
+    def __init__(self, width: int, act: nn.Module) -> None:
+        super().__init__(width)
+        self.drop: nn.Module = nn.Identity()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"4 dimensions, not {x.ndim}")
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        kept = not self.training or self.track_running_stats
+        x = F.batch_norm(
+            x,
+            self.running_mean if kept else None,
+            self.running_var if kept else None,
+            self.weight,
+            self.bias,
+            self.training or self.running_mean is None,
+            self.momentum or 0.0,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+class NormActBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(width, 8), NormAct(8, nn.SiLU(inplace=True))
+        self.conv2, self.bn2 = conv(8, width), NormAct(width, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.bn1(self.conv1(x)))) + x
+
+
 class DataDependent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -170,6 +250,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, int
         IMAGE,
         (5, 0, 0, 0),
     ),
+    "asking densenet": (AskingDenseNet, IMAGE, (5, 0, 0, 0)),
+    "branches": (
+        lambda: nn.Sequential(Branches(3, 4), Branches(4, 4)),
+        IMAGE,
+        (6, 4, 1, 0),
+    ),
+    "norm and activation": (lambda: NormActBlock(3), IMAGE, (2, 1, 0, 0)),
     "unet": (UNet, IMAGE, (6, 0, 0, 0)),
     "volume": (Volume, VOLUME, (2, 0, 0, 0)),
     "mlp": (mlp, ROWS, (4, 0, 1, 0)),
@@ -215,3 +302,32 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+class Site(nn.Module):
+    """conv -> bn -> whatever `then` does with the module, the output, and the input."""
+
+    def __init__(self, then: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.act, self.gate = nn.ReLU(), nn.Parameter(torch.randn(3, 1, 1))
+        self.scale = nn.Buffer(torch.ones(3, 1, 1))
+        self.seen: list[Any] = []
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self, self.bn(self.conv(x)), x)
+
+
+def outcome(model: nn.Module) -> bx.FusionReport:
+    """Check results against the model as it was; the report."""
+    model = model.double()
+    x = images()
+    expected = two_steps(copy.deepcopy(model), x)
+    bx.fuse_batchnorm(model)
+    assert_same(two_steps(model, x), expected)
+    return bx.fusion_report(model)
+
+
+def images() -> Tensor:
+    return torch.randn(IMAGE, dtype=torch.float64)

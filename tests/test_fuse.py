@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +14,13 @@ from fusable import (
     IMAGE,
     MODELS,
     BasicBlock,
-    Bottleneck,
     ResNet,
+    Site,
     assert_same,
     build,
     conv,
+    images,
+    outcome,
     two_steps,
 )
 from torch import Tensor, fx, nn
@@ -129,7 +130,10 @@ def test_copies_and_pickles(name: str) -> None:
     assert not all(map(torch.equal, separate.buffers(), model.buffers()))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet", "volume", "unet", "mlp"])
+FX = ["resnet18", "efficientnet", "volume", "unet", "mlp", "branches"]
+
+
+@pytest.mark.parametrize("name", FX)
 def test_traced_by_fx(name: str) -> None:
     model, x = build(name)
     bx.fuse_batchnorm(model)
@@ -142,7 +146,10 @@ def test_traced_by_fx(name: str) -> None:
         assert torch.equal(again(x), traced(x))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet", "unet"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "efficientnet", "unet", "branches", "asking densenet", "norm and activation"],
+)
 def test_compiled_as_one_graph(name: str) -> None:
     torch._dynamo.reset()
     model, x = build(name)
@@ -153,256 +160,6 @@ def test_compiled_as_one_graph(name: str) -> None:
     torch._dynamo.reset()
 
 
-# --- one place ----------------------------------------------------------------------------------
-
-
-class Site(nn.Module):
-    """conv -> bn -> whatever `then` does with the module, the output, and the input."""
-
-    def __init__(self, then: Callable[[Any, Any, Any], Any]) -> None:
-        super().__init__()
-        self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        self.act, self.gate = nn.ReLU(), nn.Parameter(torch.randn(3, 1, 1))
-        self.scale = nn.Buffer(torch.ones(3, 1, 1))
-        self.seen: list[Any] = []
-        self.then = then
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.then(self, self.bn(self.conv(x)), x)
-
-
-def outcome(model: nn.Module, shape: tuple[int, ...] = IMAGE) -> bx.FusionReport:
-    """Check results against the model as it was; the report."""
-    model = model.double()
-    x = torch.randn(shape, dtype=torch.float64)
-    expected = two_steps(copy.deepcopy(model), x)
-    bx.fuse_batchnorm(model)
-    assert_same(two_steps(model, x), expected)
-    return bx.fusion_report(model)
-
-
-def view_written(m: Any, y: Any, x: Any) -> Any:
-    """Writes to z through a view of it, by an operator that has an out-of-place form."""
-    z = x * 1.0
-    w = z.mT
-    w *= 2
-    return F.relu(y) * z
-
-
-def alias_written(m: Any, y: Any, x: Any) -> Any:
-    z = x * 1.0
-    w = z
-    z -= 3
-    return F.relu(y) * w
-
-
-@pytest.mark.parametrize(
-    ("then", "activation", "residual"),
-    [
-        (view_written, "relu", False),
-        (alias_written, "relu", False),
-        (lambda m, y, x: torch.relu(y), "relu", False),
-        (lambda m, y, x: torch.relu_(y), "relu", False),
-        (lambda m, y, x: y.relu(), "relu", False),
-        (lambda m, y, x: F.relu6(y), "relu6", False),
-        (lambda m, y, x: F.leaky_relu(y), "leaky_relu", False),
-        (lambda m, y, x: F.leaky_relu(y, 0.3), "leaky_relu", False),
-        (lambda m, y, x: F.leaky_relu_(y, negative_slope=0.3), "leaky_relu", False),
-        (lambda m, y, x: F.elu(y, alpha=0.3, inplace=True), "elu", False),
-        (lambda m, y, x: F.silu(y, inplace=True), "silu", False),
-        (lambda m, y, x: F.gelu(y), "gelu", False),
-        (lambda m, y, x: F.gelu(y, approximate="tanh"), "gelu_tanh", False),
-        (lambda m, y, x: F.hardswish(y), "hardswish", False),
-        (lambda m, y, x: y + x, "identity", True),
-        (lambda m, y, x: m.act(x + y), "relu", True),
-        (lambda m, y, x: y.add(x).relu(), "relu", True),
-        (lambda m, y, x: y.add_(x).relu_(), "relu", True),
-        (lambda m, y, x: F.silu(operator.iadd(y, x)), "silu", True),
-        (lambda m, y, x: (lambda z: z * F.relu(z))(y + x), "identity", True),
-        (lambda m, y, x: m.act(y + m.gate), "relu", True),  # broadcast: added separately
-        (lambda m, y, x: m.act(y + m.scale), "relu", True),
-        (lambda m, y, x: m.act(y + x[:, :1]), "relu", True),
-        (lambda m, y, x: m.act(y + x.float()), "relu", True),
-        (lambda m, y, x: m.act(y + x.transpose(2, 3)), "relu", True),
-        (lambda m, y, x: m.act(y + x.shape[0]), "relu", True),  # a number
-    ],
-)
-def test_fused_forms(then: Callable[..., Any], activation: str, residual: bool) -> None:
-    report = outcome(Site(then))
-    assert report.fused == (("", "bn", activation, residual),)
-
-
-def test_of_two_batch_norms_the_later_takes_the_add() -> None:
-    report = bx.fusion_report(Bottleneck(4, 4))
-    assert [f.norm for f in report.fused] == ["bn1", "bn2", "bn3"]
-    assert [left.norm for left in report.unpaired] == ["bn_s"]
-
-
-def into_another(m: Any, y: Any, x: Any) -> Any:
-    z = x * 1.0
-    z += y
-    return F.relu(z)
-
-
-def written_later(m: Any, y: Any, x: Any) -> Any:
-    z = x * 1.0
-    w = z
-    z += y
-    return F.relu(z) + w
-
-
-@pytest.mark.parametrize(
-    "then",
-    [
-        into_another,
-        written_later,
-        lambda m, y, x: y + y,
-        lambda m, y, x: y + 1.0,
-        lambda m, y, x: torch.add(y, x, alpha=2),
-        lambda m, y, x: F.conv2d(y, m.conv.weight),
-        lambda m, y, x: torch.sigmoid(y),
-        lambda m, y, x: y,
-    ],
-)
-def test_forms_with_nothing_to_fuse(then: Callable[..., Any]) -> None:
-    """An add that writes to another tensor than the batch norm's output is not taken along."""
-    report = outcome(Site(then))
-    assert not report.fused and "bn" in [left.norm for left in report.unpaired]
-
-
-class Frozen:
-    """What a forward does besides computing."""
-
-    @staticmethod
-    def appends(m: Any, y: Any, x: Any) -> Any:
-        m.seen.append(y)
-        return F.relu(y)
-
-    @staticmethod
-    def assigns(m: Any, y: Any, x: Any) -> Any:
-        m.last = y.shape
-        return F.relu(y)
-
-    @staticmethod
-    def draws(m: Any, y: Any, x: Any) -> Any:
-        return F.relu(y) if torch.rand(()) < 2 else y
-
-    @staticmethod
-    def no_grad(m: Any, y: Any, x: Any) -> Any:
-        with torch.no_grad():
-            z = x * 2
-        return F.relu(y) + z
-
-    @staticmethod
-    def no_autocast(m: Any, y: Any, x: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            return F.relu(y)
-
-    @staticmethod
-    def asks_type(m: Any, y: Any, x: Any) -> Any:
-        return F.relu(y) if isinstance(x, Tensor) else y
-
-
-@pytest.mark.parametrize(
-    ("then", "reason"),
-    [
-        (lambda m, y, x: F.relu(y) + y, "used in 2 places"),
-        (lambda m, y, x: F.relu(y) if m.training else y, "training or the gradient mode"),
-        (lambda m, y, x: F.dropout(F.relu(y), 0.0, m.training), "training or the gradient mode"),
-        (lambda m, y, x: F.relu(y) if torch.is_grad_enabled() else y.clamp(0), "gradient mode"),
-        (lambda m, y, x: F.relu(y) if x.sum() < 1e9 else y, "can't be traced"),
-        (lambda m, y, x: F.relu(y) + torch.ones(3, 1, 1), "neither parameter nor buffer"),
-        (Frozen.appends, "assigns to seen"),
-        (Frozen.assigns, "assigns to last"),
-        (Frozen.draws, "random numbers"),
-        (Frozen.no_grad, "gradient or autocast mode"),
-        (Frozen.no_autocast, "gradient or autocast mode"),
-        (Frozen.asks_type, "type of an argument"),
-    ],
-)
-def test_refused_forms(then: Callable[..., Any], reason: str) -> None:
-    model = Site(then)
-    state, attributes = torch.get_rng_state(), dict(vars(model))
-    report = bx.fusion_report(model)
-    assert torch.equal(torch.get_rng_state(), state) and vars(model) == attributes
-    assert not report.fused and any(reason in left.reason for left in report.refused)
-    assert not model.seen
-    outcome(model)
-
-
-class Ordered(nn.Module):
-    """Something happens between the batch norm and the add."""
-
-    def __init__(self, source: nn.Module) -> None:
-        super().__init__()
-        self.source, self.bn, self.relu = source, nn.BatchNorm2d(3), nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * 1.0
-        y = self.bn(self.source(x))
-        return F.silu(y + self.relu(x))
-
-
-@pytest.mark.parametrize(
-    ("source", "fused"),
-    [(nn.Conv2d(3, 3, 1), True), (nn.Dropout(0.0), False)],
-    ids=["conv", "drop"],
-)
-def test_the_order_is_kept(source: nn.Module, fused: bool) -> None:
-    """Dropout hands its input through in eval, where the ReLU then writes to it."""
-    model, x = Ordered(source).double().eval(), images()
-    with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(bx.fuse_batchnorm(model)(x), expected)
-    report = bx.fusion_report(model)
-    assert len(report.fused) == fused
-    assert fused or "relu comes between" in report.refused[0].reason
-
-
-class Optional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor, *, skip: Tensor | None = None) -> Tensor:
-        y = self.bn(x)
-        return F.relu(y if skip is None else y + skip)
-
-
-class Plain(Optional):
-    def forward(self, x: Tensor, *, skip: Tensor | None = None) -> Tensor:
-        return F.relu(self.bn(x) + skip)
-
-
-class Untraceable(Optional):
-    """Without skip it asks for a value, which a trace does not have."""
-
-    def forward(self, x: Tensor, *, skip: Tensor | None = None) -> Tensor:
-        y = self.bn(x)
-        if skip is None:
-            return F.relu(y) if x.sum() > 0 else y
-        return F.relu(y + skip)
-
-
-def test_an_argument_whose_none_cannot_be_traced() -> None:
-    model = Untraceable()
-    assert "whether skip is None" in bx.fusion_report(model).refused[0].reason
-    x = torch.ones(2, 3, 4, 4)
-    expected = model(x)
-    torch.testing.assert_close(bx.fuse_batchnorm(model)(x), expected)
-
-
-def test_optional_arguments() -> None:
-    assert "whether skip is None" in bx.fusion_report(Optional()).refused[0].reason
-    model, x = bx.fuse_batchnorm(Plain()), torch.randn(IMAGE)
-    assert len(bx.fusion_report(model).fused) == 1
-    torch.testing.assert_close(
-        model(x, skip=x), F.relu(F.batch_norm(x, None, None, training=True) + x)
-    )
-    with pytest.raises(TypeError):
-        model(x)
-
-
 # --- what is done to the model afterwards -------------------------------------------------------
 
 
@@ -410,10 +167,6 @@ def small() -> Any:  # attributes of its children are reached by name
     return nn.Sequential(
         nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU(), BasicBlock(3, 3)
     ).double()
-
-
-def images() -> Tensor:
-    return torch.randn(IMAGE, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("path", ["1", "2", "3.bn1", "3.relu", "3.bn2"])
@@ -510,7 +263,8 @@ def test_new_instances_of_a_fused_class_are_plain() -> None:
 
 
 class OwnNorm(nn.BatchNorm2d):
-    pass
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
 
 
 @pytest.mark.parametrize("make", [OwnNorm, nn.SyncBatchNorm])
@@ -622,50 +376,3 @@ def test_autocast_and_no_grad_around_the_model() -> None:
     assert y.dtype == expected.dtype == torch.bfloat16
     # Six roundings to bfloat16 (4e-3 each) on the way, at other places than torch's.
     torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
-
-
-def test_annotations_are_not_carried_along() -> None:
-    """A class known in the model's file only, or nowhere, would end in the pickle."""
-
-    class Annotated(Optional):
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            return F.relu(self.bn(x))
-
-    Annotated.forward.__annotations__["x"] = Annotated
-    program = type(bx.fuse_batchnorm(Annotated()))._program  # type: ignore[attr-defined]
-    assert "norm_act" in program.source and "Annotated" not in program.source
-
-
-# --- other people's models ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("package", "name", "fused", "unpaired", "refused"),
-    [
-        ("torchvision", "resnet18", 17, 3, 0),
-        ("torchvision", "resnet50", 49, 4, 0),
-        ("torchvision", "mobilenet_v3_small", 23, 11, 0),
-        ("torchvision", "densenet121", 4, 1, 116),  # its layers ask for the type of their input
-        ("torchvision", "shufflenet_v2_x1_0", 37, 19, 0),
-        ("torchvision", "vgg11_bn", 8, 0, 0),
-        ("timm", "resnet26d", 27, 4, 0),
-        ("timm", "mobilenetv3_small_050", 0, 0, 34),  # BatchNormAct2d, a class of timm's
-    ],
-)
-def test_published_models(package: str, name: str, fused: int, unpaired: int, refused: int) -> None:
-    library = pytest.importorskip(package)
-    models = library.models if package == "torchvision" else library
-    make = models.get_model if package == "torchvision" else models.create_model
-    model = make(name, num_classes=4).double()
-    for module in model.modules():  # its random numbers would be drawn in the same order, but
-        if isinstance(module, nn.Dropout):  # not in the two runs that are compared
-            module.p = 0.0
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    report = bx.fusion_report(model)
-    assert tuple(map(len, report)) == (fused, unpaired, refused)
-    expected = two_steps(copy.deepcopy(model), x)
-    bx.fuse_batchnorm(model)
-    actual = two_steps(model, x)
-    for a, e in zip(actual, expected, strict=True):
-        # As assert_same, but fifty layers deep: 1e-16 grows to 1e-9 at most in the gradients.
-        torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)

@@ -46,7 +46,8 @@ PACKAGE_LAYERS = {
     "convert": {"modules", "policies"},
     "trace": set[str](),
     "joined": {"functional", "modules", "trace"},
-    "fuse": {"convert", "joined", "modules", "trace"},
+    "sites": {"convert", "joined", "modules", "trace"},
+    "fuse": {"convert", "joined", "sites", "trace"},
     "reference": set[str](),
     "__init__": {
         "_version",
