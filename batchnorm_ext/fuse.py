@@ -46,6 +46,7 @@ class Fused(NamedTuple):
 
     `module` is the path of the module whose forward it stands in ("" for the model), `norm` that
     of the batch norm, `activation` the kernels' name ("identity" for an add without activation).
+    Both are the same where it is the batch norm's own forward.
     """
 
     module: str
@@ -64,8 +65,10 @@ class Left(NamedTuple):
 class FusionReport(NamedTuple):
     """What `fuse_batchnorm` does with a model; `str()` of it is a text of one line for each entry.
 
-    `fused` has an entry for each place (a batch norm called twice has two), `unpaired` names the
-    batch norms that nothing fusable follows, and `refused` those that are left for another reason.
+    `fused` has an entry for each place (a batch norm called twice has two; one whose forward goes
+    another way for another type of argument has two if that changes what is joined), `unpaired`
+    names the batch norms that nothing fusable follows, and `refused` those that are left for
+    another reason.
     """
 
     fused: tuple[Fused, ...]
@@ -87,15 +90,22 @@ def fuse_batchnorm(model: _Model) -> _Model:
 
     First `convert_batchnorm(model)`. Then each module whose forward calls a batch norm and hands
     the result to an activation, to an add, or to an add and then an activation, gets a forward
-    with these calls joined; so does each `nn.Sequential` with a batch norm before an activation.
+    with these calls joined; so does each `nn.Sequential` with a batch norm before an activation. A
+    batch norm that ends an `nn.Sequential` is joined with what the caller does to the Sequential's
+    output. A class derived from torch's batch norm whose own forward goes on with other children,
+    as timm's `BatchNormAct2d` with its activation, runs on the kernels with its first activation.
     `y = module(x)` is what it was but for rounding: outputs, gradients and buffers, in training
     and in eval.
 
     Activations: the modules `ReLU`, `ReLU6`, `LeakyReLU`, `ELU`, `SiLU`, `GELU`, `Hardswish` and
     their functions and methods, also in place. Adds: `a + b`, `a += b`, `torch.add`, `add`,
     `add_`. A residual of another shape or dtype than the batch norm's output is added separately,
-    as before; so is everything at a batch norm or activation that has hooks when it is called, or
-    that has been exchanged for something the kernels don't know.
+    as before; so is everything at a batch norm, an activation or a Sequential around them that has
+    hooks when it is called, or that has been exchanged for something the kernels don't know.
+
+    A forward that asks whether an argument is a tensor, a list or a tuple, by `isinstance`, or
+    whether it is None, is rewritten for each answer and asks again on every call. What is none of
+    these (a class derived from one of them, for instance) gets the original forward.
 
     What stays: the module objects, all of them; parameters, buffers and the keys of the
     state_dict; hooks; `train()` and `eval()`; `isinstance` of each module's class. A rewritten
@@ -107,12 +117,13 @@ def fuse_batchnorm(model: _Model) -> _Model:
     them later has no effect until `fuse_batchnorm` is called again, which starts afresh from the
     original. `nn.Identity` children drop out.
 
-    Left alone: forwards that `torch.fx` can't trace, or that depend on the training mode, on the
-    type of an argument or on whether it is None, that change state, draw random numbers, or use
-    `torch.no_grad` or autocast; batch norms that aren't torch's own or this package's, or have
-    hooks; outputs used in several places. Each module is judged by itself, so one that is left
-    alone hinders no other. `fusion_report` tells which and why. One INFO line of the logger
-    `batchnorm_ext` says how many places were fused, one WARNING line names the refused.
+    Left alone: forwards that `torch.fx` can't trace, or that depend on the training mode, use
+    `type()`, ask for the type of what they computed or ask about more than two arguments, that
+    change state, draw random numbers, or use `torch.no_grad` or autocast; batch norms of other
+    classes whose forward is not torch's and something after it; batch norms with hooks; outputs
+    used in several places. Each module is judged by itself, so one that is left alone hinders no
+    other. `fusion_report` tells which and why. One INFO line of the logger `batchnorm_ext` says
+    how many places were fused, one WARNING line names the refused.
 
     Args:
         model: any `torch.nn.Module`.
@@ -136,7 +147,8 @@ def unfuse_batchnorm(model: _Model) -> _Model:
     Every rewritten module gets its class and so its forward back, then `revert_batchnorm(model)`
     makes the batch norms torch's again (also those that were this package's before; call
     `convert_batchnorm` to have them). All of them are the original objects, with the parameters and
-    buffers that they have now.
+    buffers that they have now. Batch norms that are frozen or have policies stay, of derived
+    classes too, as `revert_batchnorm` has it.
 
     Args:
         model: any `torch.nn.Module`.

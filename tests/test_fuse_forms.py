@@ -353,7 +353,9 @@ def test_refused_questions(make: type[nn.Module], reason: str) -> None:
 
 
 def test_none_where_it_is_no_possible_value() -> None:
-    model = bx.fuse_batchnorm(Required())
+    """It is not asked for, then: there is one way, without a condition."""
+    model: Any = bx.fuse_batchnorm(Required())
+    assert [conditions for conditions, _ in model._program.ways] == [()]
     with pytest.raises(TypeError):
         model(X)
 
