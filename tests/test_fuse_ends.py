@@ -45,6 +45,13 @@ class Derived(nn.Sequential):
     """As torchvision's Conv2dNormActivation: a class of its own, the forward of nn.Sequential."""
 
 
+def kernel_calls(model: nn.Module) -> int:
+    """How many joined calls a call of `model` makes."""
+    with mock.patch.object(joined, "_forward", wraps=joined._forward) as kernels:
+        model(images())
+    return kernels.call_count
+
+
 def added(m: Any, x: Any) -> Any:
     return F.relu(m.branch(x) + x)
 
@@ -72,12 +79,9 @@ def test_joined_ends(
     branch: nn.Module, then: Callable[[Any, Any], Any], expected: tuple[str, str, bool]
 ) -> None:
     model = Ends(branch, then)
-    kernels = mock.Mock(wraps=joined._forward)
     report = outcome(model)
     assert report == ((("", *expected),), (), ())
-    with mock.patch.object(joined, "_forward", kernels):
-        model(images())
-    assert kernels.call_count == 1
+    assert kernel_calls(model) == 1
 
 
 @pytest.mark.parametrize(
@@ -112,12 +116,15 @@ def test_of_two_ends_the_later_takes_the_add() -> None:
     assert [left.norm for left in report.unpaired] == ["branch.1"]
 
 
-def test_only_the_batch_norm_moves() -> None:
-    """What is before it draws its random numbers where it did."""
+@pytest.mark.parametrize("hooked", [False, True])
+def test_only_the_batch_norm_moves(hooked: bool) -> None:
+    """What is before it draws its random numbers where it did, and so do Sequentials with hooks."""
     branch = conv_norm(nn.Dropout(0.5), nn.Conv2d(3, 3, 1))
     model, x = Ends(branch, added_after_other, nn.Dropout(0.5)).double(), images()
     plain = copy.deepcopy(model)
     assert len(bx.fusion_report(bx.fuse_batchnorm(model)).fused) == 1
+    if hooked:
+        model.branch.register_forward_hook(lambda *_: None)
     results = []
     for each in (model, plain):
         torch.manual_seed(0)
@@ -130,6 +137,7 @@ def test_a_sequential_in_a_sequential() -> None:
     report = outcome(model)
     assert report.fused == (("", "0.0.1", "relu", False),)
     assert report.unpaired == (("2.1", "nothing comes after it"),)
+    assert kernel_calls(model) == 1
 
 
 def sees(model: nn.Module, path: str, calls: list[Any]) -> None:
