@@ -4,7 +4,8 @@
 `BatchNorm1d/2d/3d` and `LazyBatchNorm1d/2d/3d` replace the modules of the same name in
 `torch.nn`; `BatchNormAct1d/2d/3d` fuse an activation; `convert_batchnorm` and
 `revert_batchnorm` exchange the modules of a whole model; `fuse_batchnorm` and `unfuse_batchnorm`
-join its batch norms with the activations and adds that follow, `fusion_report` says which.
+join its batch norms with the activations and adds that follow, `fusion_report` says which;
+`decompositions` takes exported programs to torch's own operators.
 """
 
 from batchnorm_ext._version import __version__
@@ -15,6 +16,7 @@ from batchnorm_ext.control import (
     unfreeze_batchnorm,
 )
 from batchnorm_ext.convert import convert_batchnorm, revert_batchnorm
+from batchnorm_ext.export import decompositions
 from batchnorm_ext.functional import batch_norm
 from batchnorm_ext.fuse import FusionReport, fuse_batchnorm, fusion_report, unfuse_batchnorm
 from batchnorm_ext.modules import (
@@ -46,6 +48,7 @@ __all__ = [
     "accumulate_statistics",
     "batch_norm",
     "convert_batchnorm",
+    "decompositions",
     "freeze_batchnorm",
     "fuse_batchnorm",
     "fusion_report",

@@ -154,7 +154,7 @@ def _(
 
 
 @torch.library.register_fake("batchnorm_ext::forward_eval")
-def _(
+def fake_forward_eval(
     input: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,

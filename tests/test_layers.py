@@ -39,6 +39,7 @@ PACKAGE_LAYERS = {
     "_version": set[str](),
     "ops": {"_C", "_version"},
     "functional": {"ops"},
+    "export": {"functional", "ops"},
     "policies": set[str](),
     "accumulator": set[str](),
     "modules": {"accumulator", "functional", "policies"},
@@ -52,6 +53,7 @@ PACKAGE_LAYERS = {
     "__init__": {
         "_version",
         "ops",
+        "export",
         "functional",
         "policies",
         "modules",
