@@ -10,6 +10,7 @@
 # BATCHNORM_EXT_CUDA=0 no CUDA backend; 1: an error where it cannot be built
 # MAX_JOBS=N           compile N files at once
 # PYTEST_ARGS=...      more arguments for pytest
+# VERSIONS='...'       the versions of torch that `make versions` tests
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -35,7 +36,7 @@ TORCH_INDEX_URL ?=
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-slow test-emulated emulation mutants sanitize benchmark \
+.PHONY: help build test test-slow versions test-emulated emulation mutants sanitize benchmark \
         benchmark-smoke why-batch-norm lint format typecheck docs nvcc-check gpu-check clean
 
 help:  ## this list
@@ -126,6 +127,10 @@ test: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## every test but the slow ones
 
 test-slow: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## the slow tests: about 10 GB of memory
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+VERSIONS ?= 2.11.0 $(TORCH_VERSION) newest
+versions:  ## the CPU tests under several versions of torch: VERSIONS='2.11.0 newest'
+	.ci/versions $(VERSIONS)
 
 # Without the sizes that take the emulation a minute each.
 EMULATED := ops policies frozen accumulation layouts forward backward autograd modules semantics \

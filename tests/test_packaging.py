@@ -200,6 +200,24 @@ def test_the_extension_was_built_for_the_torch_that_runs() -> None:
     assert _C.build_info()["torch_version"] == torch.__version__
 
 
+def test_another_torch_is_refused_at_import() -> None:
+    code = "import torch; torch.__version__ = '2.99.0+cpu'; import batchnorm_ext"
+    result = run("-c", code)
+    assert result.returncode == 1
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("ImportError: ")]
+    built_for = torch.__version__.partition("+")[0]
+    assert f"built for torch {built_for}, but torch 2.99.0+cpu is installed" in message
+    assert message.endswith("pip install --no-build-isolation --force-reinstall --no-deps .")
+
+
+def test_a_library_that_does_not_load_is_named_at_import() -> None:
+    """As one built for a torch with other symbols."""
+    code = "import sys; sys.modules['batchnorm_ext._C'] = None; import batchnorm_ext"
+    result = run("-c", code)
+    assert f"cannot be loaded with torch {torch.__version__}" in result.stderr
+    assert result.stderr.strip().endswith("--force-reinstall --no-deps .")
+
+
 def test_one_openmp_runtime_is_loaded() -> None:
     # Two of them would each keep a pool of threads, and torch.set_num_threads would reach only one.
     code = "import batchnorm_ext; print(open('/proc/self/maps').read())"
