@@ -3,6 +3,7 @@ BATCHNORM_EXT_TEST_DEVICE=cuda (`make gpu-check` does both)."""
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import torch
 from strategies import DTYPES
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 
 import batchnorm_ext
 from batchnorm_ext import _C
@@ -165,6 +168,31 @@ def test_a_graph_replays_with_updated_buffers(
             assert torch.equal(got, expected)
         for (name, got), expected in zip(captured.named_buffers(), eager.buffers(), strict=True):
             assert torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_reduce_overhead_records_graphs(momentum: float | None) -> None:
+    """In training: the buffers that are written are a module's, which torch allows."""
+    torch._dynamo.reset()
+    counters.clear()
+    norm = module(16, 4, "relu", momentum=momentum).cuda()
+    other = copy.deepcopy(norm)
+    compiled = torch.compile(other, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):  # two to warm up and record, two to replay
+        sample = [t.cuda() for t in tensors((8, 16, 7, 7), torch.float32, "channels_first", seed)]
+        torch.compiler.cudagraph_mark_step_begin()
+        results = []
+        for call, owner in ((norm, norm), (compiled, other)):
+            leaves = [*(t.detach().requires_grad_() for t in sample[:2]), *owner.parameters()]
+            y = call(*leaves[:2])
+            gradients = torch.autograd.grad(y, leaves, sample[2])
+            # Copies: the next replay writes to the same memory.
+            results.append([t.detach().clone() for t in (y, *gradients, *owner.buffers())])
+        torch.testing.assert_close(*results)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    assert manager is not None
+    assert manager.new_graph_id().id > 0, "nothing was recorded"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
