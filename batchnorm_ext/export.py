@@ -63,6 +63,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     Operators that normalise by statistics of the batch (in training mode, or without running
     statistics) stay what they are.
 
+    The program takes the dtypes that torch's batch norm takes: parameters of the input's dtype, or
+    float32 ones with a bfloat16 or float16 input.
+
     Returns:
         A new table, to be changed at will.
     """
