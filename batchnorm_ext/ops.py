@@ -194,6 +194,7 @@ def _(
     activation: str,
     activation_param: float,
     output_mask: Sequence[bool],
+    totals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def gradient(needed: bool, like: Tensor | None) -> Tensor:
         if needed and like is not None:
@@ -212,3 +213,27 @@ def _(
         gradient(output_mask[2], weight),
         gradient(output_mask[3], bias),
     )
+
+
+@torch.library.register_fake("batchnorm_ext::moments")
+def _(input: Tensor) -> Tensor:
+    return torch.empty(2 * input.size(1) + 1, dtype=torch.float64, device=input.device)
+
+
+@torch.library.register_fake("batchnorm_ext::combine_moments")
+def _(
+    gathered: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    input_size: Sequence[int],
+    skip_nonfinite: bool = False,
+    skip_recomputation: bool = False,
+    allow_single_value: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = gathered.size(1) // 2
+    _check_channels(gathered[:, :channels], running_mean=running_mean, running_var=running_var)
+    mean = gathered.new_empty(channels)
+    return mean, torch.empty_like(mean), torch.empty_like(mean), gathered.new_empty(1)

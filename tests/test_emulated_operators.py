@@ -20,6 +20,7 @@ PARTS = [
     "test_policies.py",
     "test_frozen.py",
     "test_accumulation.py",
+    "test_sync_ops.py",
     "test_layouts.py",
     "test_modules.py",
     "test_forward.py::test_any_choices",

@@ -109,10 +109,6 @@ at::Tensor empty_batch(const at::Tensor& input, const OptionalTensor& residual,
   return output;
 }
 
-void mark_written(const OptionalTensor& buffer) {
-  if (buffer && !buffer->is_inference()) buffer->unsafeGetTensorImpl()->bump_version();
-}
-
 void check_backend(const at::Tensor& input) {
   const auto device = input.device().type();
   const bool known = device == at::kCPU || device == at::kMeta || (kHasCuda && device == at::kCUDA);

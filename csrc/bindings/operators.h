@@ -3,11 +3,13 @@
 // A Backend is made for each call, from the tensor whose device it runs on. It gives
 //   at::Tensor empty(sizes, dtype)       a matrix of whatever content
 //   at::Tensor empty_output(like)        the same with another tensor's sizes, strides and dtype
-//   void run(call)                       ForwardTrain, ForwardEval and Backward of core/calls.h
+//   bool may_wait()                      whether the host may wait for the device now
+//   void run(call)                       any of core/calls.h
 //   void eval_statistics(mean, var, eps, c, double* mean, double* invstd)
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
@@ -106,6 +108,17 @@ inline std::uint8_t* bits_of(const at::Tensor& mask) {
 // Activation checkpointing computes a forward pass again while the backward pass runs.
 inline bool is_recomputation() { return torch::autograd::get_current_graph_task_id() != -1; }
 
+inline RunningStatistics running_statistics(const OptionalTensor& mean, const OptionalTensor& var,
+                                            const OptionalTensor& num_batches_tracked,
+                                            std::optional<double> momentum, bool skip_nonfinite) {
+  return {channel_values(mean, "running_mean"),
+          channel_values(var, "running_var"),
+          has(num_batches_tracked) ? num_batches_tracked->data_ptr<std::int64_t>() : nullptr,
+          momentum.value_or(0.0),
+          !momentum.has_value(),
+          skip_nonfinite};
+}
+
 template <typename Backend>
 FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
                           const OptionalTensor& weight, const OptionalTensor& bias,
@@ -130,16 +143,91 @@ FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residua
   const at::Tensor mask = empty_mask(backend, problem, masked);
   if (problem.numel() == 0) return {y, mean, invstd, mask};
   const bool moves = !(skip_recomputation && is_recomputation());
-  const auto moved = [&](const OptionalTensor& running) { return moves ? running : std::nullopt; };
-  const OptionalTensor counter = moved(num_batches_tracked);
-  backend.run(ForwardTrain{
-      problem, x.data_ptr(), pointer(r), y.data_ptr(), bits_of(mask), channel_values(w, "weight"),
-      channel_values(b, "bias"), channel_values(moved(running_mean), "running_mean"),
-      channel_values(moved(running_var), "running_var"),
-      has(counter) ? counter->data_ptr<std::int64_t>() : nullptr, momentum.value_or(0.0),
-      !momentum.has_value(), eps, activation, activation_param, mean.data_ptr<double>(),
-      invstd.data_ptr<double>(), skip_nonfinite});
+  backend.run(ForwardTrain{problem, x.data_ptr(), pointer(r), y.data_ptr(), bits_of(mask),
+                           channel_values(w, "weight"), channel_values(b, "bias"),
+                           moves ? running_statistics(running_mean, running_var,
+                                                      num_batches_tracked, momentum, skip_nonfinite)
+                                 : RunningStatistics{},
+                           eps, activation, activation_param, mean.data_ptr<double>(),
+                           invstd.data_ptr<double>(), nullptr});
   return {y, mean, invstd, mask};
+}
+
+// mean, sum of squared deviations and, at the end, the count of a channel's elements.
+template <typename Backend>
+at::Tensor moments(const at::Tensor& input) {
+  check_rank(input);
+  dtype_of(input, "input");
+  const Backend backend(input);
+  const at::Tensor x = in_some_layout(input);
+  const Problem problem = problem_of(x);
+  const at::Tensor packed = backend.empty({2 * problem.c + 1}, at::kDouble);
+  packed.narrow(0, 2 * problem.c, 1).fill_(static_cast<double>(problem.per_channel()));
+  double* const mean = packed.data_ptr<double>();
+  if (problem.numel() == 0) {
+    packed.zero_();
+  } else {
+    ForwardTrain call = {};
+    call.problem = problem;
+    call.x = x.data_ptr();
+    call.eps = 1;
+    call.mean = mean;
+    call.m2 = mean + problem.c;
+    backend.run(call);
+  }
+  return packed;
+}
+
+// Whether the ranks have one value together is known where the statistics are, and waiting for them
+// is what no step should do. Where it is so, no rank has more than one: then, and only then, look.
+inline void check_values_per_channel(const at::Tensor& gathered, at::IntArrayRef input_size) {
+  const std::int64_t here = c10::multiply_integers(input_size);
+  if (here > input_size[1]) return;
+  const at::Tensor counts = gathered.select(1, gathered.size(1) - 1);
+  TORCH_CHECK_VALUE(counts.sum().item<double>() != 1,
+                    "Expected more than 1 value per channel when training, got input size "
+                    "torch.Size(",
+                    input_size, ") here and 1 value on all ranks together");
+}
+
+template <typename Backend>
+FourTensors combine_moments(const at::Tensor& gathered, const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var,
+                            const OptionalTensor& num_batches_tracked,
+                            std::optional<double> momentum, double eps, at::IntArrayRef input_size,
+                            bool skip_nonfinite, bool skip_recomputation, bool allow_single_value) {
+  TORCH_CHECK(gathered.dim() == 2 && gathered.size(1) % 2 == 1 && gathered.is_contiguous() &&
+                  gathered.scalar_type() == at::kDouble,
+              "gathered should be what moments returns from each rank, contiguous float64 of shape "
+              "(ranks, 2 * channels + 1), but got ",
+              gathered.scalar_type(), " of ", gathered.sizes());
+  const std::int64_t c = gathered.size(1) / 2;
+  // Stands in for an input of as many channels.
+  check_both_or_neither(has(running_mean), has(running_var));
+  const at::Tensor channels = gathered.narrow(1, 0, c);
+  check_channels(running_mean, channels, "running_mean");
+  check_channels(running_var, channels, "running_var");
+  check_buffers(channels, running_mean, running_var, num_batches_tracked);
+  check_eps(eps, true);
+
+  const Backend backend(gathered);
+  if (!allow_single_value && backend.may_wait()) check_values_per_channel(gathered, input_size);
+  const auto values = [&](std::int64_t n) { return backend.empty({n}, at::kDouble); };
+  const at::Tensor mean = values(c), var = values(c), invstd = values(c), count = values(1);
+  const bool moves = !(skip_recomputation && is_recomputation());
+  backend.run(CombineMoments{gathered.size(0), c, gathered.data_ptr<double>(),
+                             moves
+                                 ? running_statistics(running_mean, running_var,
+                                                      num_batches_tracked, momentum, skip_nonfinite)
+                                 : RunningStatistics{},
+                             eps, mean.data_ptr<double>(), var.data_ptr<double>(),
+                             invstd.data_ptr<double>(), count.data_ptr<double>()});
+  if (moves) {
+    for (const auto& buffer : {running_mean, running_var, num_batches_tracked}) {
+      mark_written(buffer);
+    }
+  }
+  return {mean, var, invstd, count};
 }
 
 template <typename Backend>
@@ -194,6 +282,20 @@ inline const std::uint8_t* mask_pointer(const OptionalTensor& mask, const Proble
   return mask->data_ptr<std::uint8_t>();
 }
 
+inline const double* totals_pointer(const OptionalTensor& totals, const at::Tensor& input,
+                                    const std::array<bool, 4>& output_mask) {
+  if (!has(totals)) return nullptr;
+  check_device(*totals, input, "totals");
+  TORCH_CHECK(totals->scalar_type() == at::kDouble && totals->is_contiguous() &&
+                  totals->numel() == 2 * input.size(1) + 1,
+              "totals should be contiguous float64 of ", 2 * input.size(1) + 1,
+              " elements, the sums of all ranks for weight and for bias and their count, but got ",
+              totals->scalar_type(), " of ", totals->sizes());
+  TORCH_CHECK(!output_mask[2] && !output_mask[3],
+              "with totals, the gradients of weight and bias are known, but they were asked for");
+  return totals->data_ptr<double>();
+}
+
 inline ChannelValues values_of(const at::Tensor& gradient, bool wanted, const char* name) {
   return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
 }
@@ -215,12 +317,14 @@ FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& given_
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
                      const OptionalTensor& mask, bool training, c10::string_view activation_name,
-                     double activation_param, std::array<bool, 4> output_mask) {
+                     double activation_param, std::array<bool, 4> output_mask,
+                     const OptionalTensor& totals) {
   const Activation activation = activation_of(std::string(activation_name));
   const at::Tensor input =
       has(given_input) ? *given_input
                        : without_input(grad_output, mask, training, activation, output_mask[2]);
   check_backward(grad_output, input, residual, weight, bias, mean, invstd, output_mask);
+  const double* const sums = totals_pointer(totals, input, output_mask);
 
   const Backend backend(input);
   const at::Tensor x = in_some_layout(input);
@@ -247,7 +351,7 @@ FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& given_
       channel_values(b, "bias"), mean.data_ptr<double>(), invstd.data_ptr<double>(), training,
       activation, activation_param, output_mask[0] ? dx.data_ptr() : nullptr,
       output_mask[1] ? dresidual.data_ptr() : nullptr, values_of(dweight, output_mask[2], "weight"),
-      values_of(dbias, output_mask[3], "bias")});
+      values_of(dbias, output_mask[3], "bias"), sums});
   return {dx, dresidual, dweight, dbias};
 }
 
@@ -256,6 +360,8 @@ template <typename Backend>
 void register_operators(torch::Library& library) {
   library.impl("forward_train", TORCH_FN(forward_train<Backend>));
   library.impl("forward_eval", TORCH_FN(forward_eval<Backend>));
+  library.impl("moments", TORCH_FN(moments<Backend>));
+  library.impl("combine_moments", TORCH_FN(combine_moments<Backend>));
   library.impl("eval_statistics", TORCH_FN(eval_statistics<Backend>));
   library.impl("backward", TORCH_FN(backward<Backend>));
 }

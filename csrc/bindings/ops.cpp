@@ -58,10 +58,11 @@ FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
                      const OptionalTensor& mask, bool training, c10::string_view activation,
-                     double activation_param, std::array<bool, 4> output_mask) {
+                     double activation_param, std::array<bool, 4> output_mask,
+                     const OptionalTensor& totals) {
   static const auto op = find<decltype(backward)>("batchnorm_ext::backward");
   return op.call(grad_output, input, residual, weight, bias, mean, invstd, mask, training,
-                 activation, activation_param, output_mask);
+                 activation, activation_param, output_mask, totals);
 }
 
 }  // namespace ops

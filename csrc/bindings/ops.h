@@ -42,8 +42,16 @@ FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& input,
                      const OptionalTensor& residual, const OptionalTensor& weight,
                      const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
                      const OptionalTensor& mask, bool training, c10::string_view activation,
-                     double activation_param, std::array<bool, 4> output_mask);
+                     double activation_param, std::array<bool, 4> output_mask,
+                     const OptionalTensor& totals = std::nullopt);
 
 }  // namespace ops
+
+// Buffers are written through their pointers, which autograd does not see.
+inline void mark_written(const std::optional<at::Tensor>& buffer) {
+  if (buffer && buffer->defined() && !buffer->is_inference()) {
+    buffer->unsafeGetTensorImpl()->bump_version();
+  }
+}
 }  // namespace bindings
 }  // namespace batchnorm

@@ -61,6 +61,8 @@ struct CpuBackend {
   void run(const Backward& call) const {
     cpu::backward(call, plan_here(call.problem, Pass::kBackward, call.mask), parallel_for);
   }
+  bool may_wait() const { return true; }
+  void run(const CombineMoments& call) const { cpu::combine_moments(call); }
   void eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
                        double eps, std::int64_t c, double* mean, double* invstd) const {
     cpu::eval_statistics(running_mean, running_var, eps, c, mean, invstd);

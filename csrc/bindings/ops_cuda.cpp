@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -40,6 +41,10 @@ class CudaBackend {
   at::Tensor empty_output(const at::Tensor& like) const {
     return at::Tensor(
         at::detail::empty_strided_cuda(like.sizes(), like.strides(), like.scalar_type(), device_));
+  }
+  // A stream that is captured into a graph runs nothing.
+  bool may_wait() const {
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
   }
   template <typename Call>
   void run(const Call& call) const {

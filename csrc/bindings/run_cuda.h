@@ -51,5 +51,11 @@ cudaError_t run_cuda(const Backend& backend, const DeviceLimits& device, cudaStr
   return cuda::backward(call, plan, workspace.data(), stream);
 }
 
+template <typename Backend>
+cudaError_t run_cuda(const Backend&, const DeviceLimits&, cudaStream_t stream,
+                     const CombineMoments& call) {
+  return cuda::combine_moments(call, stream);
+}
+
 }  // namespace bindings
 }  // namespace batchnorm

@@ -29,5 +29,16 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   m.def(
       "backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor mean, Tensor invstd, Tensor? mask, bool training, str activation, "
-      "float activation_param, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float activation_param, bool[4] output_mask, Tensor? totals=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  // For statistics over several processes, each with a part of the batch: of this one, float64
+  // (2 C + 1), mean, sum of squared deviations and count; then of all, stacked in the order of
+  // ranks, mean, biased variance, invstd, float64 (C,), and count, float64 (1,). Backward takes
+  // the sums over all as totals, float64 (2 C + 1): of weight's gradient, of bias's, and the count.
+  m.def("moments(Tensor input) -> Tensor");
+  m.def(
+      "combine_moments(Tensor gathered, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, SymInt[] input_size, "
+      "bool skip_nonfinite=False, bool skip_recomputation=False, bool allow_single_value=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -42,6 +42,7 @@ class BackwardOperation {
   }
 
   void finish(const Channels& channels) {
+    if (a_.totals) return use_totals(channels);
     if (!reduces()) return;
     const double n = static_cast<double>(a_.problem.per_channel());
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
@@ -55,9 +56,7 @@ class BackwardOperation {
       const double dz_deviation = sums.dz_centered - lost * sums.dz;  // sum(dz * (x - mean))
       store_value(a_.dbias, c, sums.dz);
       store_value(a_.dweight, c, invstd * dz_deviation);
-      const double slope = -invstd * invstd * dz_deviation / n;
-      slope_[c] = static_cast<A>(slope);
-      offset_[c] = static_cast<A>(-sums.dz / n - lost * slope);
+      set_input_terms(c, sums.dz, invstd * dz_deviation, n);
     }
   }
 
@@ -86,6 +85,21 @@ class BackwardOperation {
   }
 
  private:
+  void use_totals(const Channels& channels) {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      const std::int64_t all = a_.problem.c;
+      set_input_terms(c, a_.totals[all + c], a_.totals[c], a_.totals[2 * all]);
+    }
+  }
+
+  // dx = scale * (dz + (x - center) * slope + offset)
+  void set_input_terms(std::int64_t c, double dbias, double dweight, double n) {
+    const double lost = a_.mean[c] - static_cast<double>(affine_.center[c]);
+    const double slope = -a_.invstd[c] * dweight / n;
+    slope_[c] = static_cast<A>(slope);
+    offset_[c] = static_cast<A>(-dbias / n - lost * slope);
+  }
+
   template <typename Value>
   static Value* at(Value* base, std::int64_t offset) {
     return base ? base + offset : nullptr;

@@ -19,6 +19,7 @@ void forward_eval(const ForwardEval&, const CpuPlan&, const ParallelFor&);
 // mean = running_mean, invstd = 1 / sqrt(running_var + eps), [c].
 void eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
                      double eps, std::int64_t c, double* mean, double* invstd);
+void combine_moments(const CombineMoments&);
 void backward(const Backward&, const CpuPlan&, const ParallelFor&);
 
 // Of this machine, read once.

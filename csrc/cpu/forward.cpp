@@ -11,6 +11,24 @@ double inverse_std(const ChannelValues& variance, std::int64_t c, double eps) {
   return 1 / std::sqrt(load_value(variance, c, 1) + eps);
 }
 
+// The counter goes up; what the batch then weighs in the running statistics.
+double count_batch(const RunningStatistics& running) {
+  if (!running.num_batches_tracked) return running.momentum;
+  const std::int64_t batches = ++*running.num_batches_tracked;
+  return running.cumulative_average ? 1.0 / static_cast<double>(batches) : running.momentum;
+}
+
+void move(const ChannelValues& running, std::int64_t c, double batch, double momentum) {
+  if (!running.data) return;
+  store_value(running, c, (1 - momentum) * load_value(running, c, 0) + momentum * batch);
+}
+
+void move(const RunningStatistics& running, std::int64_t c, const Moments& batch, double momentum) {
+  if (!running.are_moved_by(batch)) return;
+  move(running.mean, c, batch.mean, momentum);
+  if (batch.count > 1) move(running.var, c, batch.m2 / (batch.count - 1), momentum);
+}
+
 // Writes y = act(z) for a part of a unit.
 template <typename T, typename Arguments>
 void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
@@ -47,11 +65,7 @@ class TrainOperation {
  public:
   TrainOperation(const ForwardTrain& a, const CpuPlan& plan)
       : a_(a), plan_(plan), partials_(plan, a.problem.c), affine_(a.problem.c) {
-    momentum_ = a.momentum;
-    if (a.num_batches_tracked) {
-      const std::int64_t batches = ++*a.num_batches_tracked;
-      if (a.cumulative_average) momentum_ = 1.0 / static_cast<double>(batches);
-    }
+    momentum_ = count_batch(a.running);
   }
 
   bool reduces() const { return true; }
@@ -72,27 +86,20 @@ class TrainOperation {
       for (std::int64_t part = 0; part < partials_.parts(); ++part) {
         m = combine(m, partials_.at(part, c));
       }
-      const double variance = m.m2 / m.count;
-      const double invstd = 1 / std::sqrt(variance + a_.eps);
+      const double invstd = 1 / std::sqrt(m.variance() + a_.eps);
       a_.mean[c] = m.mean;
-      a_.invstd[c] = invstd;
+      if (a_.invstd) a_.invstd[c] = invstd;
+      if (a_.m2) a_.m2[c] = m.m2;
       affine_.set(c, m.mean, invstd, load_value(a_.weight, c, 1), load_value(a_.bias, c, 0));
-      if (!a_.moves_running(m.mean, m.m2)) continue;
-      update(a_.running_mean, c, m.mean);
-      if (m.count > 1) update(a_.running_var, c, m.m2 / (m.count - 1));
+      move(a_.running, c, m, momentum_);
     }
   }
 
   void apply(const Channels& unit, const Part& part) {
-    write_forward<T>(a_, a_.mask, plan_, affine_, unit, part, /*backwards=*/true);
+    if (a_.y) write_forward<T>(a_, a_.mask, plan_, affine_, unit, part, /*backwards=*/true);
   }
 
  private:
-  void update(const ChannelValues& running, std::int64_t c, double batch) const {
-    if (!running.data) return;
-    store_value(running, c, (1 - momentum_) * load_value(running, c, 0) + momentum_ * batch);
-  }
-
   void reduce_runs(const Geometry& geometry, const Channels& unit, const Part& part) {
     const T* const x = static_cast<const T*>(a_.x);
     const auto kernel = kernels<T>().run_moments;
@@ -175,6 +182,18 @@ void forward_eval(const ForwardEval& a, const CpuPlan& plan, const ParallelFor& 
     EvalOperation<decltype(tag)> operation(a, plan);
     run_units(a.problem, plan, parallel_for, operation);
   });
+}
+
+void combine_moments(const CombineMoments& a) {
+  const double momentum = count_batch(a.running);
+  for (std::int64_t c = 0; c < a.c; ++c) {
+    const Moments all = a.of_channel(c);
+    a.mean[c] = all.mean;
+    a.var[c] = all.variance();
+    a.invstd[c] = 1 / std::sqrt(a.var[c] + a.eps);
+    move(a.running, c, all, momentum);
+  }
+  *a.count = a.count_of_all();
 }
 
 void eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,

@@ -126,17 +126,24 @@ class Gradients {
   __device__ void finish(int channel, const Partial<A, 1>& total) const {
     const Backward& call = a_.call;
     const std::int64_t c = unit_.first_channel + channel;
-    A* const finals = scratch_.finals() + channel * kFinalValues;
     const double n = static_cast<double>(call.problem.per_channel());
     const double dz = total.first[0], invstd = call.invstd[c];
-    const double lost = call.mean[c] - static_cast<double>(finals[0]);  // by center's rounding
-    const double dz_deviation = total.second[0] - lost * dz;            // sum(dz * (x - mean))
-    const double slope = -invstd * invstd * dz_deviation / n;
-    finals[3] = static_cast<A>(slope);
-    finals[4] = static_cast<A>(-dz / n - lost * slope);
+    const double lost = lost_of(channel);
+    const double dz_deviation = total.second[0] - lost * dz;  // sum(dz * (x - mean))
+    write_input_terms(channel, dz, invstd * dz_deviation, n);
     if (unit_.rank != 0) return;
     store_value(call.dbias, c, dz);
     store_value(call.dweight, c, invstd * dz_deviation);
+  }
+
+  // The sums over all ranks instead of those of a reduction.
+  __device__ void use_totals() const {
+    const std::int64_t all = a_.call.problem.c;
+    const double* const totals = a_.call.totals;
+    for (int channel = threadIdx.x; channel < unit_.channels; channel += kCudaThreads) {
+      const std::int64_t c = unit_.first_channel + channel;
+      write_input_terms(channel, totals[all + c], totals[c], totals[2 * all]);
+    }
   }
 
   // From the last cell to the first, as in forward.
@@ -162,6 +169,18 @@ class Gradients {
   }
 
  private:
+  // What center's rounding took from the mean.
+  __device__ double lost_of(int channel) const {
+    const double center = scratch_.finals()[channel * kFinalValues];
+    return a_.call.mean[unit_.first_channel + channel] - center;
+  }
+  __device__ void write_input_terms(int channel, double dbias, double dweight, double n) const {
+    A* const finals = scratch_.finals() + channel * kFinalValues;
+    const double slope = -a_.call.invstd[unit_.first_channel + channel] * dweight / n;
+    finals[3] = static_cast<A>(slope);
+    finals[4] = static_cast<A>(-dbias / n - lost_of(channel) * slope);
+  }
+
   struct Cells {
     Cell<T> x, dy, residual;
     unsigned kept;  // bits of the mask
@@ -246,6 +265,8 @@ __global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
     if (active && a.apply && a.call.reduces()) {
       exchange.template gather<GradientSums>(
           unit, [&](int channel, const Partial<A, 1>& total) { gradients.finish(channel, total); });
+    } else if (active && a.call.totals) {
+      gradients.use_totals();
     }
     have_gathered(g.strategy);
     if (active && a.apply && (a.call.dx || a.call.dresidual)) gradients.apply();

@@ -22,6 +22,8 @@ cudaError_t eval_statistics(const ChannelValues& running_mean, const ChannelValu
                             double eps, std::int64_t c, double* mean, double* invstd,
                             cudaStream_t stream);
 
+cudaError_t combine_moments(const CombineMoments& call, cudaStream_t stream);
+
 // What plan_cuda needs to know of the call. `aligned` is read off the pointers.
 CudaRequest request_of(const ForwardTrain& call);
 CudaRequest request_of(const ForwardEval& call);

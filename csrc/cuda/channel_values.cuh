@@ -2,6 +2,7 @@
 // second pass makes of them.
 #pragma once
 
+#include "core/calls.h"
 #include "cuda/geometry.cuh"
 
 namespace batchnorm {
@@ -40,6 +41,24 @@ __device__ inline void store_value(const ChannelValues& values, std::int64_t cha
     default:
       static_cast<Half*>(values.data)[at].bits = __half_raw(__double2half(value)).x;
   }
+}
+
+__device__ inline void move(const ChannelValues& running, std::int64_t c, double batch,
+                            double momentum) {
+  store_value(running, c, (1 - momentum) * load_value(running, c, 0) + momentum * batch);
+}
+
+__device__ inline void move(const RunningStatistics& running, std::int64_t c,
+                            const batchnorm::Moments& batch, double momentum) {
+  if (!running.are_moved_by(batch)) return;
+  move(running.mean, c, batch.mean, momentum);
+  if (batch.count > 1) move(running.var, c, batch.m2 / (batch.count - 1), momentum);
+}
+
+// What a batch weighs that is yet to be counted, or was already.
+__device__ inline double momentum_of(const RunningStatistics& running, bool yet_to_be_counted) {
+  if (!running.cumulative_average || !running.num_batches_tracked) return running.momentum;
+  return 1.0 / static_cast<double>(*running.num_batches_tracked + (yet_to_be_counted ? 1 : 0));
 }
 
 // z = (x - center) * scale + shift. The mean's rounding error goes into shift, so that x - center

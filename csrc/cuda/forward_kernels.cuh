@@ -84,18 +84,17 @@ class Forward {
     write_finals(channel, mean, invstd);
     if (unit_.rank != 0) return;
     call.mean[c] = mean;
-    call.invstd[c] = invstd;
-    if (!call.moves_running(mean, m2)) return;
-    update(call.running_mean, c, mean, momentum);
-    if (n > 1) update(call.running_var, c, m2 / (n - 1), momentum);
+    if (call.invstd) call.invstd[c] = invstd;
+    if (call.m2) call.m2[c] = m2;
+    move(call.running, c, {mean, m2, n}, momentum);
   }
 
   // Inference: the running statistics -> the second pass' values.
   __device__ void use_running_statistics() const {
     for (int c = threadIdx.x; c < unit_.channels; c += kCudaThreads) {
       const std::int64_t at = unit_.first_channel + c;
-      const double variance = load_value(a_.call.running_var, at, 1);
-      write_finals(c, load_value(a_.call.running_mean, at, 0), 1 / sqrt(variance + a_.call.eps));
+      const double variance = load_value(a_.call.running.var, at, 1);
+      write_finals(c, load_value(a_.call.running.mean, at, 0), 1 / sqrt(variance + a_.call.eps));
     }
   }
 
@@ -137,10 +136,6 @@ class Forward {
     write_affine(scratch_.finals() + channel * kFinalValues, mean, invstd,
                  load_value(a_.call.weight, c, 1), load_value(a_.call.bias, c, 0));
   }
-  __device__ static void update(const ChannelValues& running, std::int64_t c, double batch,
-                                double momentum) {
-    store_value(running, c, (1 - momentum) * load_value(running, c, 0) + momentum * batch);
-  }
 
   __device__ void write(const Affine<A, kLanes>& affine, const Place& place, const Cell<T>& x,
                         const Cell<T>& residual) const {
@@ -165,12 +160,9 @@ class Forward {
   WalkType walk_;
 };
 
-// The counter as it will be after this call. Read by all before one writes it: see the plan.
+// Read by all before one writes the counter: see the plan.
 __device__ inline double momentum_of(const ForwardArguments& a) {
-  const ForwardTrain& call = a.call;
-  if (!a.apply || !call.cumulative_average || !call.num_batches_tracked) return call.momentum;
-  const std::int64_t batches = *call.num_batches_tracked + (a.reduce ? 1 : 0);
-  return 1.0 / static_cast<double>(batches);
+  return a.apply ? momentum_of(a.call.running, a.reduce) : 0;
 }
 
 template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
@@ -187,8 +179,9 @@ __global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
     const Exchange<A> exchange(g, forward.scratch(), static_cast<A*>(a.workspace), wave);
     if (active && a.reduce) forward.reduce(exchange.mine(unit.rank));
     if (a.reduce) exchange.template meet<Moments>(unit, active, forward.scratch());
-    if (a.reduce && wave == 0 && blockIdx.x == 0 && threadIdx.x == 0 && a.call.num_batches_tracked)
-      ++*a.call.num_batches_tracked;
+    if (a.reduce && wave == 0 && blockIdx.x == 0 && threadIdx.x == 0 &&
+        a.call.running.num_batches_tracked)
+      ++*a.call.running.num_batches_tracked;
     if (active && a.apply && a.training) {
       exchange.template gather<Moments>(unit, [&](int channel, const Partial<A, 1>& total) {
         forward.finish(channel, total, momentum);
@@ -197,7 +190,7 @@ __global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
       forward.use_running_statistics();
     }
     have_gathered(g.strategy);
-    if (active && a.apply) forward.apply();
+    if (active && a.apply && a.call.y) forward.apply();
     leave(g.strategy);
   }
 }

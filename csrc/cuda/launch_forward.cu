@@ -29,8 +29,8 @@ ForwardTrain as_training(const ForwardEval& call) {
   result.mask = call.mask;
   result.weight = call.weight;
   result.bias = call.bias;
-  result.running_mean = call.running_mean;
-  result.running_var = call.running_var;
+  result.running.mean = call.running_mean;
+  result.running.var = call.running_var;
   result.eps = call.eps;
   result.activation = call.activation;
   result.activation_param = call.activation_param;
@@ -41,11 +41,11 @@ CudaRequest request_for(const ForwardTrain& call, bool training) {
   return {call.problem,
           training ? Pass::kForward : Pass::kEval,
           training,
-          training && call.cumulative_average && call.num_batches_tracked,
+          training && call.running.cumulative_average && call.running.num_batches_tracked,
           are_aligned(call.x, call.residual, call.y),
           call.residual != nullptr,
           call.mask != nullptr,
-          1};
+          call.y ? 1 : 0};
 }
 
 cudaError_t run(const ForwardTrain& call, bool training, const CudaPlan& plan, void* workspace,

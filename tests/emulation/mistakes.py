@@ -246,19 +246,7 @@ WALKS = [
 FORMULAS = [
     *in_file(
         "cuda/forward_kernels.cuh",
-        ("the running variance is biased", "m2 / (n - 1)", "m2 / n"),
         ("the normalising variance is unbiased", "sqrt(m2 / n +", "sqrt(m2 / (n - 1) +"),
-        (
-            "momentum is swapped",
-            "(1 - momentum) * load_value(running, c, 0) + momentum * batch",
-            "momentum * load_value(running, c, 0) + (1 - momentum) * batch",
-        ),
-        (
-            "running statistics take what is not finite",
-            "    if (!call.moves_running(mean, m2)) return;\n",
-            "",
-        ),
-        ("one value moves the running variance", "if (n > 1) update", "update"),
         ("every block of a team updates the statistics", "    if (unit_.rank != 0) return;\n", ""),
         (
             "the counter is incremented in every wave",
@@ -270,13 +258,13 @@ FORMULAS = [
             "blockIdx.x == 0 && threadIdx.x == 0",
             "threadIdx.x == 0",
         ),
-        ("the counter is not incremented", "++*a.call.num_batches_tracked;", ";"),
+        ("the counter is not incremented", "++*a.call.running.num_batches_tracked;", ";"),
         (
             "the counter is read too late",
             "forward.finish(channel, total, momentum);",
             "forward.finish(channel, total, momentum_of(a));",
         ),
-        ("invstd is not written", "    call.invstd[c] = invstd;\n", ""),
+        ("invstd is not written", "    if (call.invstd) call.invstd[c] = invstd;\n", ""),
         (
             "the mask's bits beyond a row are set",
             "call.activation, z) & existing",
@@ -313,14 +301,20 @@ FORMULAS = [
     ),
     *in_file(
         "cuda/backward_kernels.cuh",
-        ("the slope has the wrong sign", "slope = -invstd", "slope = invstd"),
-        ("the offset is dropped", "-dz / n - lost * slope", "-lost * slope"),
+        ("the slope has the wrong sign", "slope = -a_.call.invstd", "slope = a_.call.invstd"),
+        ("the offset is dropped", "-dbias / n - lost_of", "-lost_of"),
         (
             "the center's rounding is lost in the sum",
             "total.second[0] - lost * dz;",
             "total.second[0];",
         ),
-        ("the center's rounding is lost in the offset", "-dz / n - lost * slope", "-dz / n"),
+        ("the center's rounding is lost in the offset", " - lost_of(channel) * slope", ""),
+        (
+            "the totals of weight and bias are exchanged",
+            "totals[all + c], totals[c]",
+            "totals[c], totals[all + c]",
+        ),
+        ("the totals are not used", "      gradients.use_totals();\n", ""),
         ("dresidual is dy", "narrow<T>(dz), place", "cells.dy, place"),
         ("inference has the terms of training", "if (call.training) inner", "inner"),
         (
@@ -331,7 +325,40 @@ FORMULAS = [
         ("offsets lie on slopes", "kCellElements * walk.tree_threads()", "kCellElements"),
     ),
     *in_file(
+        "cuda/launch_statistics.cu",
+        ("a combination counts no batch", "++*a.running.num_batches_tracked;", ";"),
+        ("a combined variance has no eps", "sqrt(a.var[c] + a.eps)", "sqrt(a.var[c])", "plain"),
+    ),
+    *in_file(
+        "core/calls.h",
+        (
+            "a rank is left out",
+            "Moments all;\n    for (std::int64_t rank = 0;",
+            "Moments all;\n    for (std::int64_t rank = 1;",
+        ),
+    ),
+    *in_file(
         "cuda/channel_values.cuh",
+        (
+            "the running variance is biased",
+            "batch.m2 / (batch.count - 1)",
+            "batch.m2 / batch.count",
+        ),
+        (
+            "momentum is swapped",
+            "(1 - momentum) * load_value(running, c, 0) + momentum * batch",
+            "momentum * load_value(running, c, 0) + (1 - momentum) * batch",
+        ),
+        (
+            "running statistics take what is not finite",
+            "  if (!running.are_moved_by(batch)) return;\n",
+            "",
+        ),
+        (
+            "one value moves the running variance",
+            "if (batch.count > 1) move(running.var",
+            "move(running.var",
+        ),
         (
             "strides of channels' values are not used",
             "double otherwise) {\n  if (!values.data) return otherwise;\n"

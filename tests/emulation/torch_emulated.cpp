@@ -37,6 +37,7 @@ struct EmulatedBackend {
   at::Tensor empty_output(const at::Tensor& like) const {
     return filled(at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()));
   }
+  bool may_wait() const { return true; }
   template <typename Call>
   void run(const Call& call) const {
     DeviceLimits limits;

@@ -545,23 +545,21 @@ class Check {
     }
     std::int64_t batches = 4;
     const double momentum = cumulative ? 0.2 : 0.3;
-    const batchnorm::ForwardTrain call{p_,
-                                       x_.data(),
-                                       residual(),
-                                       y.data(),
-                                       c_.mask ? mask.bytes() : nullptr,
-                                       weight_.view(),
-                                       bias_.view(),
-                                       new_mean.view(),
-                                       new_var.view(),
-                                       tracked ? &batches : nullptr,
-                                       0.3,
-                                       tracked && cumulative,
-                                       kEps,
-                                       c_.activation,
-                                       c_.param,
-                                       mean.doubles(),
-                                       invstd.doubles()};
+    const batchnorm::ForwardTrain call{
+        p_,
+        x_.data(),
+        residual(),
+        y.data(),
+        c_.mask ? mask.bytes() : nullptr,
+        weight_.view(),
+        bias_.view(),
+        {new_mean.view(), new_var.view(), tracked ? &batches : nullptr, 0.3, tracked && cumulative},
+        kEps,
+        c_.activation,
+        c_.param,
+        mean.doubles(),
+        invstd.doubles(),
+        nullptr};
     const CpuPlan chosen = plan(Pass::kForward, c_.mask);
     in_fresh_thread([&](const auto& loop) { batchnorm::cpu::forward_train(call, chosen, loop); });
 

@@ -137,12 +137,12 @@ inline ForwardTrain training_call(const Case& c, const Data& data, Training* to)
   if (!c.bare) {
     call.weight = data.weight.values();
     call.bias = data.bias.values();
-    call.running_mean = to->running_mean.values();
-    call.running_var = to->running_var.values();
-    call.num_batches_tracked = &to->batches;
+    call.running.mean = to->running_mean.values();
+    call.running.var = to->running_var.values();
+    call.running.num_batches_tracked = &to->batches;
   }
-  call.momentum = kMomentum;
-  call.cumulative_average = c.cumulative;
+  call.running.momentum = kMomentum;
+  call.running.cumulative_average = c.cumulative;
   call.eps = kEps;
   call.activation = c.activation;
   call.activation_param = parameter_of(c.activation);
@@ -156,7 +156,7 @@ inline Training train(const Case& c, const Data& data, bool skip_nonfinite = fal
   to.running_mean.copy_from(data.running_mean);
   to.running_var.copy_from(data.running_var);
   ForwardTrain call = training_call(c, data, &to);
-  call.skip_nonfinite = skip_nonfinite;
+  call.running.skip_nonfinite = skip_nonfinite;
   make(c, "forward_train", call, [&](const CudaPlan& plan, void* workspace) {
     return cuda::forward_train(call, plan, workspace, nullptr);
   });
@@ -186,27 +186,33 @@ inline Training infer(const Case& c, const Data& data) {
 }
 
 // `mask`, as forward wrote it, or null. Without one, z is computed again where it is needed.
+inline Backward gradient_call(const Case& c, const Data& data, const Tensor& mean,
+                              const Tensor& invstd, const Buffer* mask, bool training,
+                              const Needs& needs, Gradients* to) {
+  const bool recomputes = c.residual && !mask && c.activation != Activation::kIdentity;
+  return {c.problem,
+          data.dy.data(),
+          data.x.data(),
+          recomputes ? data.residual.data() : nullptr,
+          mask ? mask->data() : nullptr,
+          c.bare ? ChannelValues{} : data.weight.values(),
+          c.bare ? ChannelValues{} : data.bias.values(),
+          static_cast<const double*>(mean.data()),
+          static_cast<const double*>(invstd.data()),
+          training,
+          c.activation,
+          parameter_of(c.activation),
+          needs.dx ? to->dx.data() : nullptr,
+          needs.dresidual ? to->dresidual.data() : nullptr,
+          needs.dweight ? to->dweight.values() : ChannelValues{},
+          needs.dbias ? to->dbias.values() : ChannelValues{}};
+}
+
 inline Gradients differentiate(const Case& c, const Data& data, const Tensor& mean,
                                const Tensor& invstd, const Buffer* mask, bool training,
                                const Needs& needs) {
   Gradients to(c);
-  const bool recomputes = c.residual && !mask && c.activation != Activation::kIdentity;
-  const Backward call{c.problem,
-                      data.dy.data(),
-                      data.x.data(),
-                      recomputes ? data.residual.data() : nullptr,
-                      mask ? mask->data() : nullptr,
-                      c.bare ? ChannelValues{} : data.weight.values(),
-                      c.bare ? ChannelValues{} : data.bias.values(),
-                      static_cast<const double*>(mean.data()),
-                      static_cast<const double*>(invstd.data()),
-                      training,
-                      c.activation,
-                      parameter_of(c.activation),
-                      needs.dx ? to.dx.data() : nullptr,
-                      needs.dresidual ? to.dresidual.data() : nullptr,
-                      needs.dweight ? to.dweight.values() : ChannelValues{},
-                      needs.dbias ? to.dbias.values() : ChannelValues{}};
+  const Backward call = gradient_call(c, data, mean, invstd, mask, training, needs, &to);
   make(c, "backward", call, [&](const CudaPlan& plan, void* workspace) {
     return cuda::backward(call, plan, workspace, nullptr);
   });

@@ -126,6 +126,110 @@ inline void check_constant_channel(const Case& c, Data& data, std::int64_t chann
   expect(c, is_exact, "a constant channel is the bias, and dropped at a bound");
 }
 
+inline double* doubles(const Tensor& values) { return static_cast<double*>(values.data()); }
+
+// This data as that of two ranks, with a third that has none between them: what they have together
+// is what one has, but for the count.
+class Ranks {
+ public:
+  Ranks(const Case& c, const Data& data)
+      : c_(c),
+        data_(data),
+        channels_(c.problem.c),
+        width_(2 * channels_ + 1),
+        n_(static_cast<double>(c.problem.per_channel())),
+        one_(train(c, data)) {}
+
+  void check_statistics() const {
+    const Tensor parts(DType::kDouble, 3 * width_);
+    Training to(c_);
+    to.running_mean.copy_from(data_.running_mean);
+    to.running_var.copy_from(data_.running_var);
+    ForwardTrain call = training_call(c_, data_, &to);
+    const RunningStatistics running = call.running;
+    call.y = nullptr;
+    call.mask = nullptr;
+    call.running = {};
+    call.mean = doubles(parts);
+    call.invstd = nullptr;
+    call.m2 = doubles(parts) + channels_;
+    make(c_, "statistics alone", call, [&](const CudaPlan& plan, void* workspace) {
+      return cuda::forward_train(call, plan, workspace, nullptr);
+    });
+    doubles(parts)[2 * channels_] = n_;
+    std::memset(doubles(parts) + width_, 0, static_cast<std::size_t>(width_) * sizeof(double));
+    std::memcpy(doubles(parts) + 2 * width_, doubles(parts),
+                static_cast<std::size_t>(width_) * sizeof(double));
+    const Tensor var(DType::kDouble, channels_), count(DType::kDouble, 1);
+    run("combine_moments",
+        cuda::combine_moments({3, channels_, doubles(parts), running, kEps, doubles(to.mean),
+                               doubles(var), doubles(to.invstd), doubles(count)},
+                              nullptr));
+    expect(c_, to.is_intact() && var.is_intact() && count.is_intact(), "it writes nothing else");
+    expect_near(c_, "count of all", 0, count[0], 2 * n_, 0);
+    const bool counts = running.num_batches_tracked != nullptr;
+    expect(c_, to.batches == one_.batches, "the counter goes up by one");
+    const double momentum =
+        counts && c_.cumulative ? 1.0 / static_cast<double>(to.batches) : kMomentum;
+    for (std::int64_t k = 0; k < channels_; ++k) {
+      const double m2 = 2 * doubles(parts)[channels_ + k];
+      expect_near(c_, "mean of all", k, to.mean[k], one_.mean[k], 1e-5 * std::fabs(one_.mean[k]));
+      expect_near(c_, "invstd of all", k, to.invstd[k], one_.invstd[k], 1e-5 * one_.invstd[k]);
+      expect_near(c_, "variance of all", k, var[k], m2 / (2 * n_), 1e-12 * var[k]);
+      if (!counts) continue;
+      const double moved = (1 - momentum) * data_.running_var[k] + momentum * m2 / (2 * n_ - 1);
+      expect_near(c_, "running_var of all", k, to.running_var[k], moved,
+                  2 * rounding(c_.parameters, moved));
+    }
+  }
+
+  void check_gradients() const {
+    const Tensor totals(DType::kDouble, width_);
+    Gradients one(c_), all(c_);
+    Backward call = backward_call(&one);
+    call.dweight = {totals.data(), DType::kDouble, 1};
+    call.dbias = {doubles(totals) + channels_, DType::kDouble, 1};
+    launch("sums", call);
+    for (std::int64_t i = 0; i < 2 * channels_; ++i) doubles(totals)[i] *= 2;
+    doubles(totals)[2 * channels_] = 2 * n_;
+    call = backward_call(&all);
+    call.totals = doubles(totals);
+    launch("backward with totals", call);
+    double largest = 0;
+    for (std::int64_t i = 0; i < c_.problem.numel(); ++i) {
+      largest = std::max(largest, std::fabs(one.dx[i]));
+    }
+    for (std::int64_t i = 0; i < c_.problem.numel(); ++i) {
+      expect_near(c_, "dx of all", i, all.dx[i], one.dx[i],
+                  2 * rounding(c_.problem.dtype, one.dx[i]) + 1e-5 * largest);
+    }
+  }
+
+ private:
+  void run(const char* what, cudaError_t error) const {
+    ++checks;
+    if (error != cudaSuccess) fail(c_, "%s returned %d", what, static_cast<int>(error));
+  }
+  void launch(const char* what, const Backward& call) const {
+    make(c_, what, call, [&](const CudaPlan& plan, void* workspace) {
+      return cuda::backward(call, plan, workspace, nullptr);
+    });
+  }
+  Backward backward_call(Gradients* to) const {
+    Backward call = gradient_call(c_, data_, one_.mean, one_.invstd,
+                                  c_.masked() ? &one_.mask : nullptr, true, {}, to);
+    call.dresidual = nullptr;
+    call.dweight = call.dbias = {};
+    return call;
+  }
+
+  const Case& c_;
+  const Data& data_;
+  std::int64_t channels_, width_;
+  double n_;
+  const Training one_;
+};
+
 // Which of them are checked, and where, is drawn.
 inline void check_properties(const Case& c, Data& data, std::mt19937_64& random,
                              std::uint64_t seed) {
@@ -133,13 +237,17 @@ inline void check_properties(const Case& c, Data& data, std::mt19937_64& random,
   const auto at =
       static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(c.problem.numel()));
   const double poison = kPoisons[random() % 3];
-  switch (random() % 4) {
+  switch (random() % 6) {
     case 0:
       return check_determinism(c, data, seed);
     case 1:
       return check_poisoned_input(c, data, at, poison);
     case 2:
       return check_poisoned_gradient(c, data, at, poison);
+    case 3:
+      return Ranks(c, data).check_statistics();
+    case 4:
+      return Ranks(c, data).check_gradients();
     default:
       return check_constant_channel(c, data, c.channel_of(at), 0.1 * (c.mean + 3));
   }
