@@ -5,7 +5,9 @@
 `torch.nn`; `BatchNormAct1d/2d/3d` fuse an activation; `convert_batchnorm` and
 `revert_batchnorm` exchange the modules of a whole model; `fuse_batchnorm` and `unfuse_batchnorm`
 join its batch norms with the activations and adds that follow, `fusion_report` says which;
-`decompositions` takes exported programs to torch's own operators.
+`decompositions` takes exported programs to torch's own operators. `SyncBatchNorm`,
+`SyncBatchNormAct`, `convert_sync_batchnorm` and `revert_sync_batchnorm` take the statistics of
+several processes together.
 """
 
 from batchnorm_ext._version import __version__
@@ -15,7 +17,12 @@ from batchnorm_ext.control import (
     set_policies,
     unfreeze_batchnorm,
 )
-from batchnorm_ext.convert import convert_batchnorm, revert_batchnorm
+from batchnorm_ext.convert import (
+    convert_batchnorm,
+    convert_sync_batchnorm,
+    revert_batchnorm,
+    revert_sync_batchnorm,
+)
 from batchnorm_ext.export import decompositions
 from batchnorm_ext.functional import batch_norm
 from batchnorm_ext.fuse import FusionReport, fuse_batchnorm, fusion_report, unfuse_batchnorm
@@ -31,6 +38,7 @@ from batchnorm_ext.modules import (
     LazyBatchNorm3d,
 )
 from batchnorm_ext.policies import Policies
+from batchnorm_ext.sync_modules import SyncBatchNorm, SyncBatchNormAct
 
 __all__ = [
     "BatchNorm1d",
@@ -44,15 +52,19 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Policies",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
     "__version__",
     "accumulate_statistics",
     "batch_norm",
     "convert_batchnorm",
+    "convert_sync_batchnorm",
     "decompositions",
     "freeze_batchnorm",
     "fuse_batchnorm",
     "fusion_report",
     "revert_batchnorm",
+    "revert_sync_batchnorm",
     "set_policies",
     "unfreeze_batchnorm",
     "unfuse_batchnorm",

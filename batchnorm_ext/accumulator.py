@@ -28,13 +28,15 @@ class Accumulator:
         return torch.zeros_like(self.mean), torch.zeros_like(self.mean), self.batches.new_zeros(())
 
     @torch.no_grad()
-    def add(self, n: int, buffers: tuple[Tensor, Tensor, Tensor], skip_nonfinite: bool) -> None:
+    def add(
+        self, n: int | Tensor, buffers: tuple[Tensor, Tensor, Tensor], skip_nonfinite: bool
+    ) -> None:
         """Take in a mini-batch of `n` values per channel, from what the forward pass wrote.
 
         Its counter is 0 where the pass was a recomputation that was not to write, and so are they.
         """
         mean, variance, batches = buffers
-        count = torch.full_like(mean, n) * batches
+        count = n * torch.ones_like(mean) * batches
         if skip_nonfinite:
             finite = mean.isfinite() & variance.isfinite()
             mean, variance, count = (v.where(finite, 0.0) for v in (mean, variance, count))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
 from batchnorm_ext.modules import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
@@ -22,8 +25,14 @@ from batchnorm_ext.modules import (
     _Layer,
 )
 from batchnorm_ext.policies import DEFAULT
+from batchnorm_ext.sync_modules import SyncBatchNorm, SyncBatchNormAct, _Synchronized
 
-__all__ = ["convert_batchnorm", "revert_batchnorm"]
+__all__ = [
+    "convert_batchnorm",
+    "convert_sync_batchnorm",
+    "revert_batchnorm",
+    "revert_sync_batchnorm",
+]
 
 _logger = logging.getLogger("batchnorm_ext")
 
@@ -38,6 +47,11 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_SYNCHRONIZED: dict[type[nn.Module], type[_Synchronized]] = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SyncBatchNorm),
+    **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d, nn.SyncBatchNorm), SyncBatchNorm),
+    **dict.fromkeys((BatchNormAct1d, BatchNormAct2d, BatchNormAct3d), SyncBatchNormAct),
+}
 
 
 def convert_batchnorm(model: _Model) -> _Model:
@@ -87,6 +101,76 @@ def revert_batchnorm(model: _Model) -> _Model:
     return _exchange(model, _TORCHS, leave=(_DropIn, _BatchNormAct), done=(), verb="reverted")
 
 
+def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
+    """Make every batch norm of `model` share its statistics with other processes, in place.
+
+    Modules whose class is exactly one of torch's or this package's batch norms, the fused ones
+    included, become `SyncBatchNorm` or `SyncBatchNormAct`, at any depth, `model` itself included;
+    a model that `fuse_batchnorm` has rewritten stays fused. As in `convert_batchnorm` the module
+    object stays, with all that it holds: parameters, buffers, hooks, activation, policies.
+
+    Left alone, and named in one warning of the logger `batchnorm_ext`: subclasses of torch's batch
+    norm that this package doesn't know, and modules with a `forward` of their own.
+
+    Args:
+        model: any `torch.nn.Module`.
+        process_group: a `torch.distributed.ProcessGroup`; None for all processes, and for its own
+            group where a module is a `torch.nn.SyncBatchNorm`.
+
+    Returns:
+        `model`, the same object.
+
+    Raises:
+        ValueError: a lazy batch norm, which has to see a first input before; nothing is changed.
+    """
+    lazy = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, _LazyNormBase) and m.has_uninitialized_params()
+    ]
+    if lazy:
+        raise ValueError(
+            f"convert_sync_batchnorm needs a first input before, for {', '.join(lazy)}"
+        )
+    local = {module: parametrize.type_before_parametrizations(module) for module in model.modules()}
+    _exchange(model, _SYNCHRONIZED, leave=_BatchNorm, done=_Synchronized, verb="synchronised")
+    for name, module in model.named_modules():
+        if isinstance(module, _Synchronized) and not issubclass(local[module], _Synchronized):
+            own = getattr(module, "process_group", None)
+            module.process_group = own if process_group is None else process_group
+            module._local_class, module._path = local[module], name
+    return model
+
+
+def revert_sync_batchnorm(model: _Model) -> _Model:
+    """Give every module converted by `convert_sync_batchnorm` its own class back, in place.
+
+    Left alone, and named in one warning of the logger `batchnorm_ext`: those made as
+    `SyncBatchNorm`, which take inputs of any rank and so have no other class.
+
+    Args:
+        model: any `torch.nn.Module`.
+
+    Returns:
+        `model`, the same object.
+    """
+    left = []
+    for name, module in model.named_modules():
+        if not isinstance(module, _Synchronized):
+            continue
+        if module._local_class is None:
+            left.append(name or "the model")
+            continue
+        local = module._local_class
+        del module._local_class, module._path
+        if local is not nn.SyncBatchNorm:
+            del module.process_group
+        _change_class(module, local)
+    if left:
+        _logger.warning("batch norm modules made as SyncBatchNorm and left: %s", ", ".join(left))
+    return model
+
+
 def _exchange(
     model: _Model,
     table: Mapping[type[nn.Module], type[nn.Module]],
@@ -99,7 +183,7 @@ def _exchange(
     changed, left = 0, []
     for name, module in model.named_modules():
         new = table.get(parametrize.type_before_parametrizations(module))
-        why = "" if new is None else _hindrance(module)
+        why = "" if new is None else _hindrance(module, new)
         if new is not None and not why:
             _change_class(module, new)
             changed += 1
@@ -112,15 +196,15 @@ def _exchange(
     return model
 
 
-def _hindrance(module: nn.Module) -> str:
+def _hindrance(module: nn.Module, new: type[nn.Module]) -> str:
     """What another class would not keep."""
     if "forward" in vars(module):
         return " with its own forward"
-    if isinstance(module, _Layer) and module.frozen:
+    if issubclass(new, _Layer) or not isinstance(module, _Layer):
+        return ""
+    if module.frozen:
         return ", frozen"
-    if isinstance(module, _Layer) and module.policies != DEFAULT:
-        return " with policies"
-    return ""
+    return " with policies" if module.policies != DEFAULT else ""
 
 
 def _change_class(module: nn.Module, new: type[nn.Module]) -> None:

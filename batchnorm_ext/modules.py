@@ -114,30 +114,26 @@ def _forward(
         policies = module.policies
         if policies is not DEFAULT:
             flags = policies.flags()
-            if policies.single_value == "running" and input.numel() == input.size(1):
+            single = policies.single_value == "running" and input.numel() == input.size(1)
+            if single and not module._synchronizes:
                 use_batch_stats, accumulator = running_mean is None, None
     if accumulator is not None:
         stand_ins = running_mean, running_var, num_batches_tracked = accumulator.buffers()
         momentum = 1.0
         flags = (False, *flags[1:])  # it has to see what is not finite
-    output = _apply(
-        input,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        use_batch_stats,
-        momentum,
-        module.eps,
-        activation,
-        activation_param,
-        *flags,
+    arguments = (
+        *(input, residual, weight, bias, running_mean, running_var, num_batches_tracked),
+        *(use_batch_stats, momentum, module.eps, activation, activation_param, *flags),
     )
+    count: int | Tensor | None = None
+    if use_batch_stats and module.training and module._synchronizes:
+        output, count = module._apply_synchronized(arguments)
+    else:
+        output = _apply(*arguments)
     if accumulator is not None:
         skip_nonfinite = policies.nonfinite_statistics == "skip"
-        accumulator.add(input.numel() // input.size(1), stand_ins, skip_nonfinite)
+        count = input.numel() // input.size(1) if count is None else count
+        accumulator.add(count, stand_ins, skip_nonfinite)
     return output
 
 
@@ -150,6 +146,11 @@ class _Layer(_NormBase):
     _frozen: tuple[str, ...] | None = None
     #: At work in a block of `accumulate_statistics`.
     _accumulator: Accumulator | None = None
+    #: Whether the statistics are those of several processes: `SyncBatchNorm`.
+    _synchronizes = False
+
+    def _apply_synchronized(self, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
 
     @property
     def frozen(self) -> bool:

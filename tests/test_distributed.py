@@ -6,66 +6,22 @@ Torch's own batch norm under the same wrapper is the judge. Each process compare
 from __future__ import annotations
 
 import copy
-import multiprocessing
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing  # lets tensors cross between processes
 from networks import KINDS, Network, assert_same, gradients, images, pair
+from processes import NEEDS_GLOO, Run, processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
+pytestmark = NEEDS_GLOO
 WORLD = 2
-#: A call takes a second; a process that waits for one that failed has to be given up at some time.
-PATIENCE = timedelta(seconds=60)
 OF_EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-
-Run = Callable[..., list[Any]]
-
-
-def _join(rank: int, store: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=PATIENCE
-    )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Calls function(rank, *arguments) in both processes; results by rank, or the first error.
-
-    The processes live as long as they answer, since each takes seconds to import torch.
-    """
-    pools: list[Any] = []
-
-    def stop() -> None:
-        while pools:
-            pools.pop().terminate()
-
-    def call(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        context = multiprocessing.get_context("spawn")
-        if not pools:
-            store = tmp_path_factory.mktemp("store") / "file"
-            pools.extend(context.Pool(1, _join, (rank, store)) for rank in range(WORLD))
-        try:
-            waiting = [p.apply_async(function, (r, *arguments)) for r, p in enumerate(pools)]
-            return [answer.get(PATIENCE.total_seconds()) for answer in waiting]
-        except BaseException:
-            stop()
-            raise
-
-    yield call
-    stop()
+run = processes(WORLD)
 
 
 # ---- DistributedDataParallel ----
