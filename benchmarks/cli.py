@@ -1,4 +1,4 @@
-"""The command line: run, compare, plot, env, train, micro, penalty, predict.
+"""The command line: run, compare, plot, env, train, micro, penalty, sync, predict.
 
 torch is loaded by the commands only.
 """
@@ -261,6 +261,23 @@ def penalty(
     from benchmarks import penalty as measurements
 
     measurements.run(output, budget)
+
+
+@app.command()
+def sync(
+    procs: Annotated[int, typer.Option(min=2, help="processes; GPUs with --device cuda")] = 2,
+    device: Annotated[str, typer.Option(help=", ".join(shapes.DEVICES))] = "cpu",
+    rounds: Annotated[int, typer.Option(min=3, help="steps of each candidate")] = 30,
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+) -> None:
+    """Time training steps of several processes, with and without synchronised statistics."""
+    if device not in shapes.DEVICES:
+        raise typer.BadParameter(f"--device: {device!r} is not one of {', '.join(shapes.DEVICES)}")
+    _require_extension()
+    _require_device(device)
+    from benchmarks import sync as measurements
+
+    measurements.run(procs, device, rounds, output)
 
 
 @app.command()

@@ -271,6 +271,30 @@ def penalty_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def sync_tables(result: dict[str, Any]) -> list[Table]:
+    """What `sync` measured: steps of every candidate, and single collectives."""
+    steps = simple_table(f"One training step on {result['procs']} processes")
+    for name in ("batch norm", "median", "quartiles", "times as long"):
+        steps.add_column(name, justify="left" if name == "batch norm" else "right")
+    for name, row in result["steps"].items():
+        timing = row["timing"]
+        ratio = ratio_text(row["times_as_long"])
+        steps.add_row(name, time_text(timing["median"]), _quartiles(timing), ratio)
+    sent = result["sent"]
+    steps.caption = (
+        f"SyncBatchNorm puts {sent['bytes']} bytes into {sent['collectives']} collectives, "
+        f"DistributedDataParallel {result['gradient_bytes']} bytes of gradients."
+    )
+    steps.caption_justify = "left"
+    single = simple_table("One collective of 2 C + 1 float64")
+    for name in ("collective", "C", "median", "quartiles"):
+        single.add_column(name, justify="left" if name == "collective" else "right")
+    for name, timing in result["collectives"].items():
+        quartiles = _quartiles(timing)
+        single.add_row(*name.split(), time_text(timing["median"]), quartiles)
+    return [steps, single]
+
+
 def compare_table(a: pd.DataFrame, b: pd.DataFrame, candidate: str, labels: list[str]) -> Table:
     """`candidate`'s cases that both frames hold: time in each, and how many times as fast b is."""
     picked = [data[data["candidate"] == candidate] for data in (a, b)]

@@ -32,6 +32,10 @@ SHOWN = {
         r"torch\.nn\S+BatchNorm2d: loss .*\nbatchnorm_ext\.modules\.BatchNorm2d: loss .*\n"
         r"torch\.nn\S+BatchNorm2d: loss .*\nthe same parameters: True\nthe same .* keys: True\n"
     ),
+    "ddp_digits.py": (
+        r"epoch 1: .*\nepoch 2: .*\nepoch 3: [89]\d\.\d% right\n"
+        r"2 processes, the same statistics in each: True\n"
+    ),
     "distributed_data_parallel.py": (
         r"^weight is the same in both processes: True\n(.*: True\n){3}num_batches_tracked.*True\n$"
     ),
@@ -61,6 +65,10 @@ SHOWN = {
     ),
     "sharded.py": r"bfloat16, running_var torch\.float32\nweight torch\.float32, 4 of 8 here\n",
 }
+#: How an example is started that is for several processes.
+LAUNCHERS = {
+    "ddp_digits.py": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+}
 #: What makes an example shorter.
 OPTIONS = {"fuse_resnet.py": ["--steps", "1"]}
 
@@ -69,7 +77,10 @@ OPTIONS = {"fuse_resnet.py": ["--steps", "1"]}
 def test_example(name: str) -> None:
     assert name in SHOWN, "say in SHOWN what it prints"
     done = subprocess.run(
-        [sys.executable, f"examples/{name}", *OPTIONS.get(name, [])],
+        [
+            *(sys.executable, *LAUNCHERS.get(name, [])),
+            *(f"examples/{name}", *OPTIONS.get(name, [])),
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
