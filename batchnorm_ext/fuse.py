@@ -156,8 +156,9 @@ def unfuse_batchnorm(model: _Model) -> _Model:
     Returns:
         `model`, the same object.
     """
-    norms = (m for m in model.modules() if isinstance(m, FusedModule) and isinstance(m, _BatchNorm))
-    _set_classes(model, {norm: type(norm) for norm in norms if _hindrance(norm)})
+    norms = [m for m in model.modules() if isinstance(m, FusedModule) and isinstance(m, _BatchNorm)]
+    stay = [norm for norm in norms if _hindrance(norm, original_class(norm))]
+    _set_classes(model, {norm: type(norm) for norm in stay})
     return revert_batchnorm(model)
 
 
