@@ -1,4 +1,4 @@
-"""Processes that stay: a gloo group on the CPU whose members call functions."""
+"""Processes that stay: a group whose members call functions, gloo's or NCCL's."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ PATIENCE = timedelta(seconds=60)
 Run = Callable[..., list[Any]]
 
 
-def _join(rank: int, world: int, store: Path) -> None:
+def _join(rank: int, world: int, store: Path, backend: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=PATIENCE
+        backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=PATIENCE
     )
 
 
 class Processes:
     """`world` of them, which live as long as they answer: each takes seconds to import torch."""
 
-    def __init__(self, world: int, folder: Path) -> None:
-        self.world, self.folder, self.starts = world, folder, 0
+    def __init__(self, world: int, folder: Path, backend: str) -> None:
+        self.world, self.folder, self.backend, self.starts = world, folder, backend, 0
         self.pools: list[Any] = []
 
     def stop(self) -> None:
@@ -47,7 +49,8 @@ class Processes:
             self.starts += 1
             store = self.folder / f"store-{self.starts}"
             self.pools.extend(
-                context.Pool(1, _join, (rank, self.world, store)) for rank in range(self.world)
+                context.Pool(1, _join, (rank, self.world, store, self.backend))
+                for rank in range(self.world)
             )
         try:
             waiting = [p.apply_async(function, (r, *arguments)) for r, p in enumerate(self.pools)]
@@ -57,12 +60,12 @@ class Processes:
             raise
 
 
-def processes(world: int) -> Any:
+def processes(world: int, backend: str = "gloo") -> Any:
     """A fixture of one module: `Processes`."""
 
     @pytest.fixture(scope="module")
     def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-        them = Processes(world, tmp_path_factory.mktemp(f"processes-{world}"))
+        them = Processes(world, tmp_path_factory.mktemp(f"processes-{world}"), backend)
         yield them
         them.stop()
 
