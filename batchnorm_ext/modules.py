@@ -362,10 +362,11 @@ class BatchNormAct1d(_BatchNormAct):
     State: parameters, buffers and the state_dict are those of `torch.nn.BatchNorm1d`; either
     loads the other's checkpoint. The activation is not part of it.
 
-    It is a `torch.nn.Module` but not one of torch's `_BatchNorm`: `convert_sync_batchnorm`
-    leaves it as it is (statistics stay local to the process), and so do `swa_utils.update_bn`
-    and `functorch`'s batch norm replacement. `fuse_conv_bn_eval` asks no questions: it folds the
-    normalisation into the convolution, and the activation has to be applied to what that returns.
+    It is a `torch.nn.Module` but not one of torch's `_BatchNorm`: torch's `convert_sync_batchnorm`
+    leaves it as it is (this package's makes it a `SyncBatchNormAct`), and so do
+    `swa_utils.update_bn` and `functorch`'s batch norm replacement. `fuse_conv_bn_eval` asks no
+    questions: it folds the normalisation into the convolution, and the activation has to be applied
+    to what that returns.
 
     Source: Ioffe and Szegedy (2015); the documentation of `torch.nn.BatchNorm1d` and of the
     activations in `torch.nn`.

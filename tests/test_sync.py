@@ -130,6 +130,19 @@ def test_cumulative_average(run: Run) -> None:
     run(_ten_steps, "equal", "identity", False, None)
 
 
+def _sums(rank: int) -> None:
+    torch.manual_seed(rank)
+    group = bx.SyncBatchNorm(1)._group()
+    assert group is not None
+    values = torch.randn(1001, dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (1001,))
+    sums = [synchronized._all_reduce(values, group) for _ in range(3)]
+    assert all(torch.equal(each, sums[0]) and _same_on_all(each) for each in sums)
+
+
+def test_backward_sums_have_the_same_bits_everywhere(four: Run) -> None:
+    four(_sums)
+
+
 # ---- double backward ----
 
 
