@@ -28,6 +28,8 @@ from torch import Tensor, fx, nn
 __all__ = ["Refused", "Way", "trace_forward", "trace_norm"]
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+# Training or not, with gradients or without.
+_MODES = ((True, True), (True, False), (False, True), (False, False))
 
 # What an argument may be found to be: exactly these, since a forward may ask for derived classes.
 _TYPES: dict[str, type] = {"Tensor": Tensor, "list": list, "tuple": tuple, "None": type(None)}
@@ -91,16 +93,15 @@ def _ways(
     module: nn.Module, arguments: list[str], known: dict[str, str]
 ) -> Iterator[tuple[dict[str, str], fx.Graph | Refused]]:
     """What the forward computes, or why that can't be told, for each answer to what it asks."""
-    tracer = _Tracer(known)
-    graph = _attempt(module, tracer)
+    graph, types_asked = _read(module, known)
     open_ = [argument for argument in arguments if argument not in known]
-    asked = next((argument for argument in open_ if argument in tracer.asked), None)
+    asked = next((argument for argument in open_ if argument in types_asked), None)
     answers = list(_TYPES)
     if asked is None:
         answers = ["given", "None"]
         asked = next((a for a in open_ if _differs_without(a, module, known, graph)), None)
-    if asked is None:
-        yield known, _in_all_modes(module, known, graph)
+    if asked is None or (len(known) == _MOST_CONDITIONS and isinstance(graph, Refused)):
+        yield known, graph
     elif len(known) == _MOST_CONDITIONS:
         yield known, Refused(f"its forward depends on what {', '.join(known)} and {asked} are")
     else:
@@ -108,38 +109,42 @@ def _ways(
             yield from _ways(module, arguments, {**known, asked: answer})
 
 
-def _attempt(module: nn.Module, tracer: _Tracer, *modes: bool) -> fx.Graph | Refused:
+def _read(module: nn.Module, known: dict[str, str]) -> tuple[fx.Graph | Refused, set[str]]:
+    """The graph that the forward has in each mode, and whose type it asks for in any of them."""
+    tracers = [_Tracer(known) for _ in _MODES]
+    graphs = [_attempt(module, t, modes) for t, modes in zip(tracers, _MODES, strict=True)]
+    asked = {argument for tracer in tracers for argument in tracer.asked}
+    refusal = next((graph for graph in graphs if isinstance(graph, Refused)), None)
+    if refusal is None and any(str(graph) != str(graphs[0]) for graph in graphs):
+        refusal = Refused("its forward depends on the training or the gradient mode")
+    return refusal or graphs[0], asked
+
+
+def _attempt(module: nn.Module, tracer: _Tracer, modes: tuple[bool, bool]) -> fx.Graph | Refused:
     try:
         return _trace(module, tracer, *modes)
     except Refused as refusal:
         return refusal
 
 
-def _in_all_modes(
-    module: nn.Module, known: dict[str, str], graph: fx.Graph | Refused
-) -> fx.Graph | Refused:
-    """`graph`, if the forward has it in training and in eval, with gradients and without."""
-    if isinstance(graph, fx.Graph):
-        for modes in itertools.product((True, False), repeat=2):
-            again = _attempt(module, _Tracer(known), *modes)
-            if isinstance(again, Refused):
-                return again
-            if str(again) != str(graph):
-                return Refused("its forward depends on the training or the gradient mode")
-    return graph
-
-
 def _differs_without(
     argument: str, module: nn.Module, known: dict[str, str], graph: fx.Graph | Refused
 ) -> bool:
     """Whether the forward is another than `graph`, or has no graph, where `argument` is None."""
-    without = _attempt(module, _Tracer({**known, argument: "None"}))
-    if isinstance(without, Refused):
-        # The usual case: None is no possible value, and whatever is done with it fails. Other
-        # reasons lie on a way that None may take.
-        fails = isinstance(without.__cause__, (TypeError, AttributeError, AssertionError))
-        return isinstance(graph, fx.Graph) and not fails
-    return isinstance(graph, Refused) or _steps(graph, argument) != _steps(without, argument)
+    for modes in _MODES:
+        without = _attempt(module, _Tracer({**known, argument: "None"}), modes)
+        if isinstance(without, fx.Graph):
+            differs = isinstance(graph, Refused) or (
+                _steps(graph, argument) != _steps(without, argument)
+            )
+        else:
+            # The usual case: None is no possible value, and whatever is done with it fails. Other
+            # reasons lie on a way that None may take.
+            fails = isinstance(without.__cause__, (TypeError, AttributeError, AssertionError))
+            differs = isinstance(graph, fx.Graph) and not fails
+        if differs:
+            return True
+    return False
 
 
 def _steps(graph: fx.Graph, absent: str = "") -> list[tuple[Any, ...]]:
@@ -167,7 +172,7 @@ def trace_norm(module: nn.Module, cls: type[nn.Module], base: type[nn.Module]) -
     """
     chains = [
         _chain_after(_norm_graph(module, base, modes), _norm_graph(module, cls, modes))
-        for modes in itertools.product((True, False), repeat=2)
+        for modes in _MODES
     ]
     texts = [[_text(node, lambda _: "what came before") for node in chain] for chain in chains]
     if any(text != texts[0] for text in texts):
@@ -175,7 +180,7 @@ def trace_norm(module: nn.Module, cls: type[nn.Module], base: type[nn.Module]) -
     return chains[0]
 
 
-def _norm_graph(module: nn.Module, cls: type[nn.Module], modes: tuple[bool, ...]) -> fx.Graph:
+def _norm_graph(module: nn.Module, cls: type[nn.Module], modes: tuple[bool, bool]) -> fx.Graph:
     unchecked = type(cls.__name__, (cls,), {"_check_input_dim": lambda self, input: None})
     tracer = _Tracer({})
     with _observed(module, unchecked):
@@ -324,13 +329,11 @@ def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-def _trace(
-    module: nn.Module, tracer: _Tracer, training: bool | None = None, grad: bool = True
-) -> fx.Graph:
+def _trace(module: nn.Module, tracer: _Tracer, training: bool, grad: bool) -> fx.Graph:
     """One trace. Without gradients autocast is on, so that a forward that turns it off shows."""
     before, autocast = module.training, [torch.is_autocast_enabled(d) for d in _AUTOCAST_DEVICES]
     try:
-        module.training = before if training is None else training
+        module.training = training
         for device in _AUTOCAST_DEVICES:
             torch.set_autocast_enabled(device, not grad)
         with torch.inference_mode(False), torch.set_grad_enabled(grad):

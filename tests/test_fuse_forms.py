@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import operator
 import pickle
 from collections.abc import Callable
@@ -269,6 +270,17 @@ class AsksThree(Optional):
         return F.relu(y if gate is None else y * gate)
 
 
+class AsksInEval(Optional):
+    """In training it asks nothing."""
+
+    def forward(self, x: Any, *, skip: Tensor | None = None) -> Tensor:
+        if not self.training and isinstance(x, list):
+            x = x[0]
+        if not self.training and skip is None:
+            x = x * 2
+        return F.relu(self.bn(x))
+
+
 class UsesType(Optional):
     def forward(self, x: Any, *, skip: Tensor | None = None) -> Tensor:
         return F.relu(self.bn(x[0] if type(x) is list else x))
@@ -324,6 +336,14 @@ def test_the_way_is_that_of_the_arguments(
     for a, e in zip(model.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, e)
     assert torch.equal(pickle.loads(pickle.dumps(model))(*args, **options), actual)
+
+
+def test_what_is_asked_in_one_mode_only() -> None:
+    plain = AsksInEval()
+    model = bx.fuse_batchnorm(copy.deepcopy(plain)).eval()
+    for args in ((X,), ([X],)):
+        for skip in (None, X):
+            torch.testing.assert_close(model(*args, skip=skip), plain.eval()(*args, skip=skip))
 
 
 def test_each_way_is_in_the_report_once() -> None:
