@@ -134,9 +134,15 @@ def test_an_exchanged_activation_is_followed() -> None:
 
 
 def test_traced_by_fx_and_compiled() -> None:
-    model, x = bx.fuse_batchnorm(nn.Sequential(conv(3, 3), silu(), Leaky(3)).double()), images()
+    norms = silu(), Leaky(3), NormAct(3, nn.Tanh())
+    model, x = bx.fuse_batchnorm(nn.Sequential(conv(3, 3), *norms).double()), images()
     traced = fx.symbolic_trace(copy.deepcopy(model))
-    assert [str(n.target) for n in traced.graph.find_nodes(op="call_module")] == ["0", "1", "2"]
+    assert [str(n.target) for n in traced.graph.find_nodes(op="call_module")] == [
+        "0",
+        "1",
+        "2",
+        "3",
+    ]
     compiled = copy.deepcopy(model)
     torch._dynamo.reset()
     compiled.compile(backend="aot_eager", fullgraph=True)
