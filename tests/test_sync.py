@@ -198,6 +198,40 @@ def test_gradgradcheck(run: Run, name: str, residual: bool) -> None:
     run(_second_derivatives, name, residual)
 
 
+def _with_a_graph(rank: int, name: str, residual: bool) -> None:
+    x, r, dy = (_parts("equal", seed)[rank].requires_grad_() for seed in range(3))
+    layer = bx.SyncBatchNormAct(C, name).double()
+    leaves = [x, *([r] if residual else []), *layer.parameters()]
+    y = layer(x, r if residual else None)
+    plain = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    derivable = torch.autograd.grad(y, leaves, dy, create_graph=True)
+    for a, b in zip(derivable, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("name", ["identity", "relu", "silu"])
+def test_create_graph_changes_no_gradient(run: Run, name: str, residual: bool) -> None:
+    run(_with_a_graph, name, residual)
+
+
+def _kept(rank: int) -> None:
+    x, r = (torch.randn(4, 8, 32, 32, requires_grad=True) for _ in range(2))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        bx.SyncBatchNormAct(8)(x, r)
+    assert sum(kept.values()) <= x.nbytes + x.numel() // 8 + 1024
+
+
+def test_a_bit_is_kept_of_the_residual(run: Run) -> None:
+    run(_kept)
+
+
 # ---- dtypes, accuracy, policies ----
 
 

@@ -59,6 +59,11 @@ def test_torchs_own_sync_batch_norm() -> None:
     assert isinstance(bx.convert_sync_batchnorm(norm), bx.SyncBatchNorm)
     assert type(bx.revert_sync_batchnorm(norm)) is nn.SyncBatchNorm
     assert norm.process_group is None
+    groups = object(), object()
+    norm.process_group = groups[0]
+    assert bx.convert_sync_batchnorm(norm).process_group is groups[0]
+    bx.revert_sync_batchnorm(norm)
+    assert bx.convert_sync_batchnorm(norm, groups[1]).process_group is groups[1]
 
 
 def test_fused_models_stay_fused() -> None:
