@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -153,6 +154,17 @@ def _(
     return output, mean, torch.empty_like(mean), _empty_mask(output, save_mask, activation)
 
 
+def _let_inductor_call(operator: str) -> None:
+    """Tell inductor, once it is loaded, that `operator` is called though it has a decomposition.
+
+    It falls back on such an operator by itself, but where the variable CI is set it refuses to.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    allowed = getattr(lowering, "FALLBACK_ALLOW_LIST", None)
+    if allowed is not None:
+        allowed.add(operator)
+
+
 @torch.library.register_fake("batchnorm_ext::forward_eval")
 def fake_forward_eval(
     input: Tensor,
@@ -166,6 +178,7 @@ def fake_forward_eval(
     activation_param: float,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    _let_inductor_call("batchnorm_ext::forward_eval")
     _check_channels(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )

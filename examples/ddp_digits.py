@@ -59,6 +59,7 @@ def main() -> None:
     if rank == 0:
         same = all(torch.equal(each, statistics) for each in every)
         print(f"{world} processes, the same statistics in each: {same}")
+    dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
 
 

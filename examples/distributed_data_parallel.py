@@ -48,6 +48,7 @@ def work(rank: int, store: str) -> None:
         dist.all_gather(every, tensor)
         if rank == 0:
             print(f"{name} is the same in both processes: {torch.equal(*every)}")
+    dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
 
 
