@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from batchnorm_ext.functional import _activate
+from batchnorm_ext.ops import _PIECEWISE_LINEAR
 
-_ops = torch.ops.batchnorm_ext  # loaded by functional
-
-_PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
+_ops = torch.ops.batchnorm_ext
 
 
 class Group(NamedTuple):

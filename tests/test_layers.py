@@ -44,7 +44,7 @@ PACKAGE_LAYERS = {
     "accumulator": set[str](),
     "modules": {"accumulator", "functional", "policies"},
     "control": {"accumulator", "modules"},
-    "synchronized": {"functional"},
+    "synchronized": {"functional", "ops"},
     "sync_modules": {"functional", "modules", "synchronized"},
     "convert": {"modules", "policies", "sync_modules"},
     "trace": set[str](),
