@@ -114,8 +114,8 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
 
     Args:
         model: any `torch.nn.Module`.
-        process_group: a `torch.distributed.ProcessGroup`; None for all processes, and for its own
-            group where a module is a `torch.nn.SyncBatchNorm`.
+        process_group: a `torch.distributed.ProcessGroup`, also for modules that have another one
+            already; None for all processes, and for its own group where a module has one.
 
     Returns:
         `model`, the same object.
@@ -124,9 +124,9 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
         ValueError: a lazy batch norm, which has to see a first input before; nothing is changed.
     """
     lazy = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, _LazyNormBase) and m.has_uninitialized_params()
+        name or "the model"
+        for name, module in model.named_modules()
+        if isinstance(module, _LazyNormBase) and module.has_uninitialized_params()
     ]
     if lazy:
         raise ValueError(
@@ -135,9 +135,11 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
     local = {module: parametrize.type_before_parametrizations(module) for module in model.modules()}
     _exchange(model, _SYNCHRONIZED, leave=_BatchNorm, done=_Synchronized, verb="synchronised")
     for name, module in model.named_modules():
-        if isinstance(module, _Synchronized) and not issubclass(local[module], _Synchronized):
-            own = getattr(module, "process_group", None)
-            module.process_group = own if process_group is None else process_group
+        if not isinstance(module, _Synchronized):
+            continue
+        own = getattr(module, "process_group", None)
+        module.process_group = own if process_group is None else process_group
+        if not issubclass(local[module], _Synchronized):
             module._local_class, module._path = local[module], name
     return model
 

@@ -66,6 +66,17 @@ def test_torchs_own_sync_batch_norm() -> None:
     assert bx.convert_sync_batchnorm(norm, groups[1]).process_group is groups[1]
 
 
+def test_a_second_conversion_moves_modules_to_its_group() -> None:
+    groups = object(), object()
+    model = nn.Sequential(nn.BatchNorm1d(3), bx.SyncBatchNorm(3, process_group=groups[0]))
+    bx.convert_sync_batchnorm(model, groups[0])
+    bx.convert_sync_batchnorm(model)
+    assert [norm.process_group for norm in model] == [groups[0], groups[0]]
+    bx.convert_sync_batchnorm(model, groups[1])
+    assert [norm.process_group for norm in model] == [groups[1], groups[1]]
+    assert type(bx.revert_sync_batchnorm(model)[0]) is nn.BatchNorm1d
+
+
 def test_fused_models_stay_fused() -> None:
     model = bx.fuse_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()))
     x = torch.randn(5, 3)
@@ -89,6 +100,8 @@ def test_what_cannot_be_converted(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="needs a first input before, for 1"):
         bx.convert_sync_batchnorm(lazy)
     assert type(lazy[0]) is nn.BatchNorm1d
+    with pytest.raises(ValueError, match=r"for the model$"):
+        bx.convert_sync_batchnorm(lazy[1])
 
 
 def test_constructor_and_state_are_torchs() -> None:
