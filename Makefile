@@ -133,8 +133,9 @@ versions:  ## the CPU tests under several versions of torch: VERSIONS='2.11.0 ne
 	.ci/versions $(VERSIONS)
 
 # Without the sizes that take the emulation a minute each.
-EMULATED := ops policies frozen accumulation layouts forward backward autograd modules semantics \
-            numerics determinism errors convert torch_module_db cuda_plans sync_ops
+EMULATED := ops policies frozen accumulation layouts forward backward autograd modules fused_modules \
+            module_tracing semantics numerics determinism errors convert torch_module_db cuda_plans \
+            sync_ops
 test-emulated: $(BUILT) $(STAMPS)/test  ## the tests on the CUDA kernels, on the emulated device
 	BATCHNORM_EXT_EMULATED_CUDA=1 $(PY) -m pytest $(EMULATED:%=tests/test_%.py) \
 	    --deselect tests/test_numerics.py::test_extreme_sizes $(PYTEST_ARGS)

@@ -53,3 +53,12 @@ def _as_it_was() -> Iterator[None]:
 def one_thread() -> None:
     """One thread for this test."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    """For tests that ask for what is exact; rounding is the subject of others."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(previous)

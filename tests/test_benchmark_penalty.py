@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import invoke
 from torch import nn
-from typer.testing import CliRunner
 
 from benchmarks import penalty
 from benchmarks.candidates import OURS
-from benchmarks.cli import app
 from benchmarks.shapes import LAYOUTS, Shape
 
 
 def test_result_and_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(penalty, "SHAPES", (Shape("critic", (2, 3, 5, 5)),))
     monkeypatch.setattr(penalty, "IMAGES", Shape("images", (1, 3, 64, 64)))
-    found = CliRunner().invoke(app, ["penalty", "--budget", "0", "--output", str(tmp_path)])
+    found = invoke("penalty", "--budget", "0", "--output", str(tmp_path))
     assert found.exit_code == 0, found.output
     (path,) = tmp_path.glob("*-penalty.json")
     result = json.loads(path.read_text())

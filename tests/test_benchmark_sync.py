@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bench_cases import invoke
 from processes import NEEDS_GLOO
-from typer.testing import CliRunner
 
 from benchmarks import sync
-from benchmarks.cli import app
 
 
 @NEEDS_GLOO
 def test_result_and_tables(tmp_path: Path) -> None:
-    found = CliRunner().invoke(app, ["sync", "--rounds", "3", "--output", str(tmp_path)])
+    found = invoke("sync", "--rounds", "3", "--output", str(tmp_path))
     assert found.exit_code == 0, found.output
     (path,) = tmp_path.glob("*-sync-2.json")
     result = json.loads(path.read_text())

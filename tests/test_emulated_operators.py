@@ -23,6 +23,8 @@ PARTS = [
     "test_sync_ops.py",
     "test_layouts.py",
     "test_modules.py",
+    "test_fused_modules.py",
+    "test_module_tracing.py",
     "test_forward.py::test_any_choices",
     "test_forward.py::test_any_case",
     "test_backward.py::test_any_choices",

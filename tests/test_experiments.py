@@ -12,12 +12,11 @@ import bench_extra  # noqa: F401  (skips where the extra is missing)
 import pandas as pd
 import pytest
 import torch
+from bench_cases import invoke
 from rich.console import Console
 from torch import nn
-from typer.testing import CliRunner
 
 from benchmarks import plots
-from benchmarks.cli import app
 from benchmarks.training import (
     against_torch,
     learning_rates,
@@ -204,9 +203,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_in_a_tiny_form(name: str, tiny: None, tmp_path: Path) -> None:
     written = tmp_path / "page.md"
-    found = CliRunner().invoke(
-        app, ["train", "--experiment", name, "--output", str(tmp_path), "--page", str(written)]
-    )
+    options = ["--experiment", name, "--output", str(tmp_path), "--page", str(written)]
+    found = invoke("train", *options)
     assert found.exit_code == 0, found.output
     (file,) = tmp_path.glob(f"*-train-{name}-quick.json")
     result = page.read(file)
@@ -247,9 +245,7 @@ def test_a_failure_of_the_package_is_the_exit_status(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "TOLERANCE", -1.0)
-    found = CliRunner().invoke(
-        app, ["train", "--experiment", "placement", "--output", str(tmp_path)]
-    )
+    found = invoke("train", "--experiment", "placement", "--output", str(tmp_path))
     assert found.exit_code == 1
 
 
@@ -262,7 +258,7 @@ def test_a_failure_of_the_package_is_the_exit_status(
     ],
 )
 def test_bad_options_are_refused(arguments: list[str], text: str) -> None:
-    found = CliRunner().invoke(app, ["train", *arguments], env={"COLUMNS": "200"})
+    found = invoke("train", *arguments)
     assert found.exit_code == 2
     assert text in re.sub(r"[\s│]+", " ", found.output)
 
