@@ -26,6 +26,9 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+# A program that inductor kept from another run tells nothing of what it makes of this package now.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))

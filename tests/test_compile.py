@@ -253,3 +253,22 @@ def test_reduce_overhead(kind: str, training: bool) -> None:
         for function in (compiled, model):
             function(images(seed)).square().sum().backward()
     assert_same(other, model)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_inductor_may_not_choose_the_layout(training: bool) -> None:
+    """It makes convolutions channels-last, which a mask of the traced shape does not fit."""
+    import torch._inductor.lowering  # how the operators are called depends on it
+
+    conv = nn.Conv2d(6, 6, 3, padding=1, dtype=torch.float64)
+    norm = bx.BatchNormAct2d(6, dtype=torch.float64).train(training)
+
+    def function(x: Tensor) -> Tensor:
+        return norm(conv(x), x)
+
+    x = torch.randn(4, 6, 5, 7, dtype=torch.float64)
+    expected, got = (
+        torch.autograd.grad(f(x).square().sum(), [*conv.parameters(), *norm.parameters()])
+        for f in (function, torch.compile(function, fullgraph=True))
+    )
+    torch.testing.assert_close(got, expected)
