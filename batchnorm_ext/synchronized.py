@@ -151,8 +151,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         nothing = (None,) * 8
-        # While compiling, the mode is that of the forward pass, and there is no second derivative.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable_gradients(ctx, grad_output), *nothing
         input, residual, weight, bias, mean, invstd, count, mask = ctx.saved_tensors
         needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
