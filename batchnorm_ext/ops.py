@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from batchnorm_ext.inductor import tell_inductor
 
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -143,6 +144,7 @@ def _(
     skip_nonfinite: bool = False,
     skip_recomputation: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tell_inductor()
     _check_channels(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
@@ -152,17 +154,6 @@ def _(
     output = _empty_like(input)
     mean = torch.empty(input.size(1), dtype=torch.float64, device=input.device)
     return output, mean, torch.empty_like(mean), _empty_mask(output, save_mask, activation)
-
-
-def _let_inductor_call(operator: str) -> None:
-    """Tell inductor, once it is loaded, that `operator` is called though it has a decomposition.
-
-    It falls back on such an operator by itself, but where the variable CI is set it refuses to.
-    """
-    lowering = sys.modules.get("torch._inductor.lowering")
-    allowed = getattr(lowering, "FALLBACK_ALLOW_LIST", None)
-    if allowed is not None:
-        allowed.add(operator)
 
 
 @torch.library.register_fake("batchnorm_ext::forward_eval")
@@ -178,7 +169,7 @@ def fake_forward_eval(
     activation_param: float,
     save_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _let_inductor_call("batchnorm_ext::forward_eval")
+    tell_inductor()
     _check_channels(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
@@ -209,6 +200,8 @@ def _(
     output_mask: Sequence[bool],
     totals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tell_inductor()
+
     def gradient(needed: bool, like: Tensor | None) -> Tensor:
         if needed and like is not None:
             return torch.empty_like(like)
@@ -230,6 +223,7 @@ def _(
 
 @torch.library.register_fake("batchnorm_ext::moments")
 def _(input: Tensor) -> Tensor:
+    tell_inductor()
     return torch.empty(2 * input.size(1) + 1, dtype=torch.float64, device=input.device)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 from emulation.build import CompileError, Missing
 from emulation.operators import use_emulated_cuda
 from hypothesis import HealthCheck, settings
@@ -26,12 +27,12 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
-# A program that inductor kept from another run tells nothing of what it makes of this package now.
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # What inductor kept from another run tells nothing of what it makes of this package now.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # for processes that tests start
+    torch._inductor.config.force_disable_caches = True
     if "TORCH_TRACE" not in os.environ:
         # The compiler's structured trace has no readable text; it would bury a failure's own.
         logging.getLogger("torch.__trace").addFilter(lambda record: False)

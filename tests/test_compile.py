@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from networks import KINDS, Checkpointed, Network, assert_same, gradients, images
 from torch import Tensor, nn
+from torch._inductor import metrics
 
 import batchnorm_ext as bx
 from batchnorm_ext import functional
@@ -272,3 +273,21 @@ def test_inductor_may_not_choose_the_layout(training: bool) -> None:
         for f in (function, torch.compile(function, fullgraph=True))
     )
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_no_copies_between_convolutions(training: bool) -> None:
+    """What is generated for a layer is a copy of the convolution's weight alone."""
+
+    def generated(depth: int) -> int:
+        blocks = [nn.Sequential(nn.Conv2d(6, 6, 3), bx.BatchNormAct2d(6)) for _ in range(depth)]
+        model = nn.Sequential(*blocks).train(training)
+        x = torch.randn(4, 6, 12, 15)
+        torch._dynamo.reset()
+        metrics.reset()
+        y = torch.compile(model, fullgraph=True)(x)
+        torch.testing.assert_close(y, copy.deepcopy(model)(x))
+        y.sum().backward()
+        return metrics.generated_kernel_count
+
+    assert generated(4) - generated(2) == 2

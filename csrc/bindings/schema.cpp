@@ -1,12 +1,6 @@
 // Every operator's schema: the one page where an argument is added (then in ops.py's fakes).
 #include <torch/library.h>
 
-namespace {
-// Inductor may choose the layout of what it hands on. A mask's shape depends on that, so that the
-// operators have to see the strides which they were traced with.
-const std::vector<at::Tag> kExactStrides{at::Tag::needs_exact_strides};
-}  // namespace
-
 TORCH_LIBRARY(batchnorm_ext, m) {
   // What callers use: differentiable, made of those below.
   m.def(
@@ -14,8 +8,7 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
       "bool training, float? momentum, float eps, str activation, float activation_param, "
       "bool skip_nonfinite=False, bool skip_recomputation=False, bool allow_single_value=False) "
-      "-> Tensor",
-      kExactStrides);
+      "-> Tensor");
   // y, mean float64 (C,), invstd float64 (C,), mask uint8 (operators.h; empty unless save_mask).
   // skip_recomputation: no running statistics while a backward pass is running.
   m.def(
@@ -23,13 +16,11 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
       "float? momentum, float eps, str activation, float activation_param, bool save_mask, "
       "bool skip_nonfinite=False, bool skip_recomputation=False) "
-      "-> (Tensor, Tensor, Tensor, Tensor)",
-      kExactStrides);
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "forward_eval(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor running_mean, Tensor running_var, float eps, str activation, "
-      "float activation_param, bool save_mask=False) -> (Tensor, Tensor)",
-      kExactStrides);
+      "float activation_param, bool save_mask=False) -> (Tensor, Tensor)");
   // What backward needs of running statistics, as they are now: float64 (C,) mean and invstd.
   m.def("eval_statistics(Tensor running_mean, Tensor running_var, float eps) -> (Tensor, Tensor)");
   // Gradients of input, residual, weight, bias; those that output_mask leaves out are empty. Input
@@ -39,8 +30,7 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor mean, Tensor invstd, Tensor? mask, bool training, str activation, "
       "float activation_param, bool[4] output_mask, Tensor? totals=None) "
-      "-> (Tensor, Tensor, Tensor, Tensor)",
-      kExactStrides);
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   // For statistics over several processes, each with a part of the batch: of this one, float64
   // (2 C + 1), mean, sum of squared deviations and count; then of all, stacked in the order of
   // ranks, mean, biased variance, invstd, float64 (C,), and count, float64 (1,). Backward takes
