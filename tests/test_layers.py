@@ -37,7 +37,8 @@ INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">]+)[">]', re.MULTIL
 # What each module of the package may import from the package. A new module gets its line here.
 PACKAGE_LAYERS = {
     "_version": set[str](),
-    "ops": {"_C", "_version"},
+    "inductor": set[str](),
+    "ops": {"_C", "_version", "inductor"},
     "functional": {"ops"},
     "export": {"functional", "ops"},
     "policies": set[str](),
