@@ -2,9 +2,7 @@
 
 #include <sys/mman.h>
 
-#include <boost/context/preallocated.hpp>
 #include <string>
-#include <utility>
 
 #include "emulation.h"
 #include "sanitizers.h"
@@ -23,18 +21,14 @@ constexpr std::size_t kLimit = 16 << 10, kTsanLimit = 4 << 10;
 
 // The scheduler, as those it has switched to must know it. One launch runs at a time.
 struct Scheduler {
-  boost::context::fiber context;
+  Context context;
+  Fiber* entered = nullptr;
   const void* stack = nullptr;
   std::size_t stack_bytes = 0;
   void* fake_stack = nullptr;
   void* tsan_fiber = nullptr;
 };
 Scheduler scheduler;
-
-// The stack belongs to the Fiber, so there is nothing to free when a body returns.
-struct KeepsStack {
-  void deallocate(boost::context::stack_context&) {}
-};
 
 }  // namespace
 
@@ -61,20 +55,19 @@ Fiber::~Fiber() {
 }
 
 void Fiber::start(Body body) {
-  boost::context::stack_context context;
-  context.sp = top_;
-  context.size = static_cast<std::size_t>(top_ - stack_);
-  context_ = boost::context::fiber(
-      std::allocator_arg, boost::context::preallocated(context.sp, context.size, context),
-      KeepsStack(), [this, body](boost::context::fiber&& caller) {
-        scheduler.context = std::move(caller);
-        if (__sanitizer_finish_switch_fiber != nullptr) {
-          __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);
-        }
-        body();
-        before_leaving(nullptr);
-        return std::move(scheduler.context);
-      });
+  body_ = body;
+  prepare(&context_, stack_, static_cast<std::size_t>(top_ - stack_), run);
+}
+
+// On the fiber's own stack.
+void Fiber::run() {
+  Fiber* const self = scheduler.entered;
+  if (__sanitizer_finish_switch_fiber != nullptr) {
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);
+  }
+  self->body_();
+  self->before_leaving(nullptr);
+  switch_context(&self->context_, &scheduler.context);
 }
 
 void Fiber::enter() {
@@ -82,7 +75,8 @@ void Fiber::enter() {
   if (__sanitizer_start_switch_fiber != nullptr) {
     __sanitizer_start_switch_fiber(&scheduler.fake_stack, stack_, kStackBytes);
   }
-  context_ = std::move(context_).resume();
+  scheduler.entered = this;
+  switch_context(&scheduler.context, &context_);
   if (__sanitizer_finish_switch_fiber != nullptr) {
     __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
   }
@@ -90,7 +84,7 @@ void Fiber::enter() {
 
 void Fiber::leave() {
   before_leaving(&fake_stack_);
-  scheduler.context = std::move(scheduler.context).resume();
+  switch_context(&context_, &scheduler.context);
   if (__sanitizer_finish_switch_fiber != nullptr) {
     __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
   }

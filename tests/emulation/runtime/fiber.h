@@ -1,8 +1,7 @@
 // A stack, and on it a function that can be left and entered again.
 #pragma once
 
-#include <boost/context/fiber.hpp>
-#include <cstddef>
+#include "context.h"
 
 namespace emulation {
 
@@ -29,11 +28,13 @@ class Fiber {
   static void attach_scheduler();
 
  private:
+  static void run();
   void before_leaving(void** fake_stack);
 
   char* stack_;  // below it a page that nobody may touch: a stack that overflows ends the program
   char* top_;
-  boost::context::fiber context_;
+  Context context_;
+  Body body_ = nullptr;
   void* fake_stack_ = nullptr;  // AddressSanitizer's
   void* tsan_fiber_ = nullptr;
 };
