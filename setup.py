@@ -2,12 +2,14 @@
 
 BATCHNORM_EXT_CUDA=auto|0|1  which backends to build, see setup_cuda.py
 MAX_JOBS=N                   compile N files at once (torch's build step reads it)
+CXXFLAGS='-O0 ...'           more arguments for the C++ compiler, after those that stand here
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -60,17 +62,42 @@ def check_platform() -> None:
 
 
 def sources(cuda: bool) -> list[str]:
-    """Every source of the backends, relative to the root, in an order that never changes.
-
-    The kernels compile longest: they go first, so that no core waits for another's.
-    """
+    """Every source of the backends, relative to the root."""
     found = [path for part in FOLDERS for path in (ROOT / "csrc" / part).rglob("*.cpp")]
     if cuda:
         found += (ROOT / "csrc" / "cuda").rglob("*.cu")
     else:
         found.remove(ROOT / "csrc" / "bindings" / "ops_cuda.cpp")
-    names = sorted(path.relative_to(ROOT).as_posix() for path in found)
-    return sorted(names, key=lambda name: "/kernels_" not in name)
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def seconds(source: str) -> float:
+    """About how long a source takes to compile, to begin the long ones first."""
+    name = Path(source).name
+    if name.startswith("kernels_"):
+        return 15
+    return 10 if name == "autograd.cpp" else 5 if "/bindings/" in source else 1
+
+
+def jobs() -> int:
+    """How many to compile at once: one for each processor, as far as there is a GiB for each."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory)))
+
+
+class Build(BuildExtension):
+    """torch's, which leaves the order to the names and the number of jobs to ninja."""
+
+    def build_extension(self, ext: Any) -> None:
+        """Compiles the longest sources first, so that no core waits for another's at the end."""
+        os.environ.setdefault("MAX_JOBS", str(jobs()))
+        compile_all = self.compiler.compile
+
+        def in_order(sources: list[str], *args: Any, **kwargs: Any) -> Any:
+            return compile_all(sorted(sources, key=seconds, reverse=True), *args, **kwargs)
+
+        self.compiler.compile = in_order
+        super().build_extension(ext)
 
 
 def extension() -> Any:
@@ -101,6 +128,7 @@ def extension() -> Any:
                 "-Wextra",
                 "-Werror=return-type",
                 *system_includes,
+                *shlex.split(os.environ.get("CXXFLAGS", "")),
             ]
         },
         extra_link_args=["-fopenmp"],
@@ -155,7 +183,7 @@ def main() -> None:
             f"batchnorm_ext {package_version()}: {backends} backend for torch {torch.__version__} "
             f"(BATCHNORM_EXT_CUDA={setting}{why})"
         )
-    setup(ext_modules=[ext], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+    setup(ext_modules=[ext], cmdclass={"build_ext": Build.with_options(use_ninja=True)})
 
 
 if __name__ == "__main__":

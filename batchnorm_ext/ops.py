@@ -1,7 +1,7 @@
 """The operators `torch.ops.batchnorm_ext.*`: loads them and describes them to tracing.
 
 A fake kernel tells `torch.compile`, `torch.export` and meta tensors what an operator returns,
-without data. Schemas stand in csrc/bindings/schema.cpp.
+without data. Schemas stand in csrc/bindings/schema.h.
 """
 
 from __future__ import annotations

@@ -1,17 +1,88 @@
-// The differentiable operator: one composite op over a C++ autograd Function.
+// What needs torch's headers for autograd and the dispatcher, which take ten seconds to compile:
+// the schemas' registration, the operators as C++ functions (ops.h), the differentiable operator,
+// one composite op over a C++ autograd Function, and the Function that its backward pass becomes.
 #include "bindings/autograd.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "bindings/build.h"
 #include "bindings/checks.h"
 #include "bindings/ops.h"
+#include "bindings/schema.h"
 
 namespace batchnorm {
 namespace bindings {
+
+// ---- the operators, by way of the dispatcher ----
+
+namespace ops {
+namespace {
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
+                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const OptionalTensor& num_batches_tracked, bool training,
+                      std::optional<double> momentum, double eps, c10::string_view activation,
+                      double activation_param, bool skip_nonfinite, bool skip_recomputation,
+                      bool allow_single_value) {
+  static const auto op = find<decltype(batch_norm)>("batchnorm_ext::batch_norm");
+  return op.call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+                 training, momentum, eps, activation, activation_param, skip_nonfinite,
+                 skip_recomputation, allow_single_value);
+}
+
+FourTensors forward_train(const at::Tensor& input, const OptionalTensor& residual,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                          const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
+                          double eps, c10::string_view activation, double activation_param,
+                          bool save_mask, bool skip_nonfinite, bool skip_recomputation) {
+  static const auto op = find<decltype(forward_train)>("batchnorm_ext::forward_train");
+  return op.call(input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+                 momentum, eps, activation, activation_param, save_mask, skip_nonfinite,
+                 skip_recomputation);
+}
+
+TwoTensors forward_eval(const at::Tensor& input, const OptionalTensor& residual,
+                        const OptionalTensor& weight, const OptionalTensor& bias,
+                        const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+                        c10::string_view activation, double activation_param, bool save_mask) {
+  static const auto op = find<decltype(forward_eval)>("batchnorm_ext::forward_eval");
+  return op.call(input, residual, weight, bias, running_mean, running_var, eps, activation,
+                 activation_param, save_mask);
+}
+
+TwoTensors eval_statistics(const at::Tensor& running_mean, const at::Tensor& running_var,
+                           double eps) {
+  static const auto op = find<decltype(eval_statistics)>("batchnorm_ext::eval_statistics");
+  return op.call(running_mean, running_var, eps);
+}
+
+FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& input,
+                     const OptionalTensor& residual, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
+                     const OptionalTensor& mask, bool training, c10::string_view activation,
+                     double activation_param, std::array<bool, 4> output_mask,
+                     const OptionalTensor& totals) {
+  static const auto op = find<decltype(backward)>("batchnorm_ext::backward");
+  return op.call(grad_output, input, residual, weight, bias, mean, invstd, mask, training,
+                 activation, activation_param, output_mask, totals);
+}
+
+}  // namespace ops
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -88,6 +159,73 @@ class BatchNormFunction : public torch::autograd::Function<BatchNormFunction> {
     if (needed[kResidual]) gradients[kResidual] = pass_on ? grad_outputs[0] : dresidual;
     if (computed[kWeight]) gradients[kWeight] = dweight;
     if (computed[kBias]) gradients[kBias] = dbias;
+    return gradients;
+  }
+};
+
+class NormBackward : public torch::autograd::Function<NormBackward> {
+ public:
+  // dz, input and weight (float64) have a derivative; the two latter may be undefined.
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& dz,
+                               const OptionalTensor& input, const OptionalTensor& weight,
+                               const NormPointer& norm) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::Tensor x = input.value_or(at::Tensor()), w = weight.value_or(at::Tensor());
+    const Parts asked{norm->wanted[kDx], norm->training || norm->wanted[kDweight],
+                      norm->training || norm->wanted[kDbias]};
+    const auto parts = run_backward(dz, x, w, norm->mean, norm->invstd, norm->training, asked);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({dz, x, w, parts[kDweight], parts[kDbias]});
+    ctx->saved_data["norm"] = c10::IValue::make_capsule(norm);
+    variable_list gradients;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      if (norm->wanted[i]) gradients.push_back(parts[i]);
+    }
+    return gradients;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
+    const auto norm = c10::static_intrusive_pointer_cast<Norm>(ctx->saved_data["norm"].toCapsule());
+    const variable_list saved = ctx->get_saved_variables();
+    Parts needed{};
+    std::size_t edge = 0;  // absent arguments have none
+    for (std::size_t i = 0; i < needed.size(); ++i) {
+      needed[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    }
+    variable_list gradients(4);
+    const variable_list some = at::GradMode::is_enabled()
+                                   ? derivative_by_torch(given, saved, *norm, needed)
+                                   : norm_derivative(given, saved, *norm, needed);
+    std::copy(some.begin(), some.end(), gradients.begin());
+    return gradients;
+  }
+
+ private:
+  // Third derivatives and higher.
+  static variable_list derivative_by_torch(const variable_list& given, const variable_list& saved,
+                                           const Norm& norm, const Parts& needed) {
+    // Views, so that the derivative stops at the arguments, of which one may depend on another.
+    variable_list arguments(3), wanted, outputs, gradients_of_outputs;
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+      if (saved[i].defined()) arguments[i] = saved[i].view_as(saved[i]);
+      if (needed[i]) wanted.push_back(arguments[i]);
+    }
+    const variable_list all =
+        norm_backward_by_torch(arguments[0], arguments[1], arguments[2], norm);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (!given[i].defined() || !all[i].requires_grad()) continue;
+      outputs.push_back(all[i]);
+      gradients_of_outputs.push_back(given[i]);
+    }
+    variable_list gradients(3);
+    if (outputs.empty()) return gradients;
+    const variable_list found = torch::autograd::grad(outputs, wanted, gradients_of_outputs,
+                                                      /*retain_graph=*/true, /*create_graph=*/true,
+                                                      /*allow_unused=*/true);
+    auto next = found.begin();
+    for (std::size_t i = 0; i < gradients.size(); ++i) {
+      if (needed[i]) gradients[i] = *next++;
+    }
     return gradients;
   }
 };
@@ -198,8 +336,18 @@ at::Tensor batch_norm(const at::Tensor& input, const OptionalTensor& residual,
 }
 
 }  // namespace
+
+variable_list norm_backward(const at::Tensor& dz, const at::Tensor& input, const at::Tensor& weight,
+                            const NormPointer& norm) {
+  return NormBackward::apply(dz, optional(input), optional(weight), norm);
+}
+
 }  // namespace bindings
 }  // namespace batchnorm
+
+TORCH_LIBRARY(batchnorm_ext, m) {
+  for (const char* const schema : batchnorm::bindings::kSchemas) m.def(schema);
+}
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", TORCH_FN(batchnorm::bindings::batch_norm));

@@ -2,15 +2,14 @@
 // act'(z) in torch's operators, then the gradients of xhat * weight + bias from dz.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/elu_backward.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/hardswish_backward.h>
+// Without "_ops" they would bring headers that take seconds to compile.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/elu_backward_ops.h>
+#include <ATen/ops/gelu_backward_ops.h>
+#include <ATen/ops/hardswish_backward_ops.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/SymIntArrayRef.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <numeric>
 
@@ -20,20 +19,6 @@
 namespace batchnorm {
 namespace bindings {
 namespace {
-
-using torch::autograd::AutogradContext;
-
-// The gradients of xhat * weight + bias, in this order where they are wanted.
-enum Part { kDx, kDweight, kDbias };
-using Parts = std::array<bool, 3>;
-
-struct Norm : torch::CustomClassHolder {
-  at::Tensor mean, invstd;  // float64 (C,)
-  bool training = false;
-  double eps = 0;
-  Parts wanted{};
-};
-using NormPointer = c10::intrusive_ptr<Norm>;
 
 struct Dimensions {
   explicit Dimensions(std::int64_t rank)
@@ -78,44 +63,7 @@ Normalized normalize(const at::Tensor& input, const Norm& norm, const Dimensions
   return {centered * invstd, invstd};
 }
 
-variable_list norm_backward_by_torch(const at::Tensor& dz, const at::Tensor& input,
-                                     const at::Tensor& weight, const Norm& norm) {
-  const Dimensions dims(dz.dim());
-  const at::ScalarType dtype = compute_dtype(dz);
-  const auto [normalized, invstd] = normalize(input, norm, dims, dtype);
-  const at::Tensor g = dz.to(dtype);
-  variable_list gradients;
-  if (norm.wanted[kDx]) {
-    at::Tensor inner = g;
-    if (norm.training) {
-      inner =
-          g - g.mean(dims.reduced, true) - normalized * (g * normalized).mean(dims.reduced, true);
-    }
-    const at::Tensor scale =
-        weight.defined() ? invstd * weight.to(dtype).reshape(dims.per_channel) : invstd;
-    gradients.push_back((inner * scale).to(dz.scalar_type()));
-  }
-  const auto sum = [&](const at::Tensor& values) {
-    return values.sum(dims.reduced).to(at::kDouble);
-  };
-  if (norm.wanted[kDweight]) gradients.push_back(sum(g * normalized));
-  if (norm.wanted[kDbias]) gradients.push_back(sum(g));
-  return gradients;
-}
-
 // ---- by formulas, on the fused kernels ----
-
-// dx, sum(dz * xhat) and sum(dz), those of `asked`; weight float64 or undefined.
-std::array<at::Tensor, 3> run_backward(const at::Tensor& dz, const at::Tensor& input,
-                                       const at::Tensor& weight, const at::Tensor& mean,
-                                       const at::Tensor& invstd, bool training, Parts asked) {
-  // The sums have the parameters' dtype.
-  const at::Tensor parameter = weight.defined() ? weight : at::ones_like(invstd);
-  const auto [dx, dresidual, dweight, dbias] = ops::backward(
-      dz, optional(input), std::nullopt, parameter, parameter, mean, invstd, std::nullopt, training,
-      kActivationNames[0], 0, {asked[kDx], false, asked[kDweight], asked[kDbias]});
-  return {dx, dweight, dbias};
-}
 
 // values * slope + offset + added, per channel.
 at::Tensor affine(const at::Tensor& values, const at::Tensor& slope, const at::Tensor& offset,
@@ -125,142 +73,15 @@ at::Tensor affine(const at::Tensor& values, const at::Tensor& slope, const at::T
                                        at::ones_like(slope), 0, kActivationNames[0], 0, false));
 }
 
-// What torch calls batchnorm_double_backward. With P(v) = v - mean(v) - xhat * mean(v * xhat) in
-// training and P(v) = v in evaluation, backward is
-//   dx = weight * invstd * P(dz), dweight = sum(dz * xhat), dbias = sum(dz).
-// For gradients gx, gw, gb of these three, with u = (gw - weight * invstd * mean(gx * xhat)) * dz
-// - weight * invstd * mean(dz * xhat) * gx in training and u = gw * dz in evaluation, those of its
-// arguments are
-//   dz:     weight * invstd * P(gx) + gw * xhat + gb
-//   weight: invstd * sum(gx * P(dz))
-//   x:      invstd * P(u) - weight * invstd^2 * mean(gx * P(dz)) * xhat, the last in training only.
-class NormBackward : public torch::autograd::Function<NormBackward> {
- public:
-  // dz, input and weight (float64) have a derivative; the two latter may be undefined.
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& dz,
-                               const OptionalTensor& input, const OptionalTensor& weight,
-                               const NormPointer& norm) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const at::Tensor x = input.value_or(at::Tensor()), w = weight.value_or(at::Tensor());
-    const Parts asked{norm->wanted[kDx], norm->training || norm->wanted[kDweight],
-                      norm->training || norm->wanted[kDbias]};
-    const auto parts = run_backward(dz, x, w, norm->mean, norm->invstd, norm->training, asked);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({dz, x, w, parts[kDweight], parts[kDbias]});
-    ctx->saved_data["norm"] = c10::IValue::make_capsule(norm);
-    variable_list gradients;
-    for (std::size_t i = 0; i < parts.size(); ++i) {
-      if (norm->wanted[i]) gradients.push_back(parts[i]);
-    }
-    return gradients;
+// By part, undefined where there is none.
+std::array<at::Tensor, 3> spread(const variable_list& given, const Norm& norm) {
+  std::array<at::Tensor, 3> parts;
+  auto next = given.begin();
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    if (norm.wanted[i]) parts[i] = *next++;
   }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& given) {
-    const auto norm = c10::static_intrusive_pointer_cast<Norm>(ctx->saved_data["norm"].toCapsule());
-    const variable_list saved = ctx->get_saved_variables();
-    Parts needed{};
-    std::size_t edge = 0;  // absent arguments have none
-    for (std::size_t i = 0; i < needed.size(); ++i) {
-      needed[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
-    }
-    variable_list gradients(4);
-    const variable_list some = at::GradMode::is_enabled()
-                                   ? derivative_by_torch(given, saved, *norm, needed)
-                                   : derivative(spread(given, *norm), saved, *norm, needed);
-    std::copy(some.begin(), some.end(), gradients.begin());
-    return gradients;
-  }
-
- private:
-  // Third derivatives and higher.
-  static variable_list derivative_by_torch(const variable_list& given, const variable_list& saved,
-                                           const Norm& norm, const Parts& needed) {
-    // Views, so that the derivative stops at the arguments, of which one may depend on another.
-    variable_list arguments(3), wanted, outputs, gradients_of_outputs;
-    for (std::size_t i = 0; i < arguments.size(); ++i) {
-      if (saved[i].defined()) arguments[i] = saved[i].view_as(saved[i]);
-      if (needed[i]) wanted.push_back(arguments[i]);
-    }
-    const variable_list all =
-        norm_backward_by_torch(arguments[0], arguments[1], arguments[2], norm);
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      if (!given[i].defined() || !all[i].requires_grad()) continue;
-      outputs.push_back(all[i]);
-      gradients_of_outputs.push_back(given[i]);
-    }
-    variable_list gradients(3);
-    if (outputs.empty()) return gradients;
-    const variable_list found = torch::autograd::grad(outputs, wanted, gradients_of_outputs,
-                                                      /*retain_graph=*/true, /*create_graph=*/true,
-                                                      /*allow_unused=*/true);
-    auto next = found.begin();
-    for (std::size_t i = 0; i < gradients.size(); ++i) {
-      if (needed[i]) gradients[i] = *next++;
-    }
-    return gradients;
-  }
-
-  // By part, undefined where there is none.
-  static std::array<at::Tensor, 3> spread(const variable_list& given, const Norm& norm) {
-    std::array<at::Tensor, 3> parts;
-    auto next = given.begin();
-    for (std::size_t i = 0; i < parts.size(); ++i) {
-      if (norm.wanted[i]) parts[i] = *next++;
-    }
-    return parts;
-  }
-
-  static variable_list derivative(const std::array<at::Tensor, 3>& given,
-                                  const variable_list& saved, const Norm& norm,
-                                  const Parts& needed) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const auto& [gx, gw, gb] = given;
-    const at::Tensor &dz = saved[0], &x = saved[1], &dz_xhat = saved[3], &dz_sum = saved[4];
-    const at::Tensor &s = norm.invstd, zero = at::zeros_like(s), one = at::ones_like(s);
-    const at::Tensor w = saved[2].defined() ? saved[2] : one;
-    const at::Scalar n(dz.sym_numel() / dz.sym_size(1));
-    const bool batch = norm.training;
-
-    at::Tensor grad_dz, gx_xhat = zero, gx_sum = zero;
-    if (gx.defined()) {
-      const auto parts = run_backward(gx, x, w, norm.mean, s, batch, {needed[0], batch, batch});
-      if (needed[0]) grad_dz = parts[kDx];
-      if (batch) std::tie(gx_xhat, gx_sum) = std::tie(parts[kDweight], parts[kDbias]);
-    }
-    if (needed[0] && gw.defined()) {
-      grad_dz = affine(x, gw * s, gb, grad_dz, norm.mean);
-    } else if (needed[0] && gb.defined()) {
-      const at::Tensor added = gb.to(dz.scalar_type()).reshape(Dimensions(dz.dim()).per_channel);
-      grad_dz = gx.defined() ? grad_dz + added : added.expand_as(dz);
-    }
-
-    at::Tensor inner = zero;  // sum(gx * P(dz))
-    if (gx.defined() && (needed[2] || (needed[1] && batch))) {
-      inner = run_backward(gx, dz, {}, zero, one, false, {false, true, false})[kDweight];
-      if (batch) inner = inner - (gx_sum * dz_sum + gx_xhat * dz_xhat) / n;
-    }
-    variable_list gradients{needed[0] ? grad_dz : at::Tensor(), at::Tensor(),
-                            needed[2] && gx.defined() ? inner * s : at::Tensor()};
-    if (!needed[1]) return gradients;
-    // u = of_dz * dz + of_gx * gx
-    at::Tensor of_dz = gw.defined() ? gw : zero, of_gx = zero;
-    if (batch) {
-      of_dz = of_dz - w * s * gx_xhat / n;
-      of_gx = -w * s * dz_xhat / n;
-    } else if (!gw.defined()) {
-      return gradients;
-    }
-    at::Tensor u = affine(dz, s * of_dz, {}, {});
-    if (batch && gx.defined()) u = affine(gx, s * of_gx, {}, u);
-    if (batch) {
-      const at::Tensor u_mean = (of_dz * dz_sum + of_gx * gx_sum) / n;
-      const at::Tensor u_xhat = (of_dz * dz_xhat + of_gx * gx_xhat) / n;
-      u = affine(x, -s * s * (u_xhat + w * s * inner / n), -s * u_mean, u, norm.mean);
-    }
-    gradients[1] = u;
-    return gradients;
-  }
-};
+  return parts;
+}
 
 // ---- the activation ----
 
@@ -268,17 +89,17 @@ class NormBackward : public torch::autograd::Function<NormBackward> {
 at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Settings& s) {
   switch (s.activation) {
     case Activation::kElu:
-      return at::elu_backward(dy, s.activation_param, 1, 1, false, z);
+      return at::_ops::elu_backward::call(dy, s.activation_param, 1, 1, false, z);
     case Activation::kSilu: {
       const at::Tensor sigmoid = z.sigmoid();
       return dy * sigmoid * (1 + z * (1 - sigmoid));
     }
     case Activation::kGelu:
-      return at::gelu_backward(dy, z, "none");
+      return at::_ops::gelu_backward::call(dy, z, "none");
     case Activation::kGeluTanh:
-      return at::gelu_backward(dy, z, "tanh");
+      return at::_ops::gelu_backward::call(dy, z, "tanh");
     case Activation::kHardswish:
-      return at::hardswish_backward(dy, z);
+      return at::_ops::hardswish_backward::call(dy, z);
     default:
       return dy;
   }
@@ -321,20 +142,107 @@ at::Tensor through_activation(const at::Tensor& dy, const variable_list& saved, 
   if (s.activation == Activation::kIdentity) return dy;
   if (is_piecewise_linear(s.activation)) {
     const bool leaky = s.activation == Activation::kLeakyRelu;
-    return at::where(is_kept(dy, saved, s), dy,
-                     leaky ? dy * s.activation_param : at::zeros_like(dy));
+    return dy.where(is_kept(dy, saved, s), leaky ? dy * s.activation_param : at::zeros_like(dy));
   }
   return smooth_gradient(dy, pre_activation(saved, s, norm), s);
 }
 
-variable_list norm_backward(const at::Tensor& dz, const at::Tensor& input, const at::Tensor& weight,
-                            const NormPointer& norm) {
-  if (norm->wanted == Parts{}) return {};
-  if (is_batched()) return norm_backward_by_torch(dz, input, weight, *norm);
-  return NormBackward::apply(dz, optional(input), optional(weight), norm);
+}  // namespace
+
+variable_list norm_backward_by_torch(const at::Tensor& dz, const at::Tensor& input,
+                                     const at::Tensor& weight, const Norm& norm) {
+  const Dimensions dims(dz.dim());
+  const at::ScalarType dtype = compute_dtype(dz);
+  const auto [normalized, invstd] = normalize(input, norm, dims, dtype);
+  const at::Tensor g = dz.to(dtype);
+  variable_list gradients;
+  if (norm.wanted[kDx]) {
+    at::Tensor inner = g;
+    if (norm.training) {
+      inner =
+          g - g.mean(dims.reduced, true) - normalized * (g * normalized).mean(dims.reduced, true);
+    }
+    const at::Tensor scale =
+        weight.defined() ? invstd * weight.to(dtype).reshape(dims.per_channel) : invstd;
+    gradients.push_back((inner * scale).to(dz.scalar_type()));
+  }
+  const auto sum = [&](const at::Tensor& values) {
+    return values.sum(dims.reduced).to(at::kDouble);
+  };
+  if (norm.wanted[kDweight]) gradients.push_back(sum(g * normalized));
+  if (norm.wanted[kDbias]) gradients.push_back(sum(g));
+  return gradients;
 }
 
-}  // namespace
+std::array<at::Tensor, 3> run_backward(const at::Tensor& dz, const at::Tensor& input,
+                                       const at::Tensor& weight, const at::Tensor& mean,
+                                       const at::Tensor& invstd, bool training, Parts asked) {
+  // The sums have the parameters' dtype.
+  const at::Tensor parameter = weight.defined() ? weight : at::ones_like(invstd);
+  const auto [dx, dresidual, dweight, dbias] = ops::backward(
+      dz, optional(input), std::nullopt, parameter, parameter, mean, invstd, std::nullopt, training,
+      kActivationNames[0], 0, {asked[kDx], false, asked[kDweight], asked[kDbias]});
+  return {dx, dweight, dbias};
+}
+
+// What torch calls batchnorm_double_backward. With P(v) = v - mean(v) - xhat * mean(v * xhat) in
+// training and P(v) = v in evaluation, backward is
+//   dx = weight * invstd * P(dz), dweight = sum(dz * xhat), dbias = sum(dz).
+// For gradients gx, gw, gb of these three, with u = (gw - weight * invstd * mean(gx * xhat)) * dz
+// - weight * invstd * mean(dz * xhat) * gx in training and u = gw * dz in evaluation, those of its
+// arguments are
+//   dz:     weight * invstd * P(gx) + gw * xhat + gb
+//   weight: invstd * sum(gx * P(dz))
+//   x:      invstd * P(u) - weight * invstd^2 * mean(gx * P(dz)) * xhat, the last in training only.
+variable_list norm_derivative(const variable_list& given_where_wanted, const variable_list& saved,
+                              const Norm& norm, const Parts& needed) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const auto [gx, gw, gb] = spread(given_where_wanted, norm);
+  const at::Tensor &dz = saved[0], &x = saved[1], &dz_xhat = saved[3], &dz_sum = saved[4];
+  const at::Tensor &s = norm.invstd, zero = at::zeros_like(s), one = at::ones_like(s);
+  const at::Tensor w = saved[2].defined() ? saved[2] : one;
+  const at::Scalar n(dz.sym_numel() / dz.sym_size(1));
+  const bool batch = norm.training;
+
+  at::Tensor grad_dz, gx_xhat = zero, gx_sum = zero;
+  if (gx.defined()) {
+    const auto parts = run_backward(gx, x, w, norm.mean, s, batch, {needed[0], batch, batch});
+    if (needed[0]) grad_dz = parts[kDx];
+    if (batch) std::tie(gx_xhat, gx_sum) = std::tie(parts[kDweight], parts[kDbias]);
+  }
+  if (needed[0] && gw.defined()) {
+    grad_dz = affine(x, gw * s, gb, grad_dz, norm.mean);
+  } else if (needed[0] && gb.defined()) {
+    const at::Tensor added = gb.to(dz.scalar_type()).reshape(Dimensions(dz.dim()).per_channel);
+    grad_dz = gx.defined() ? grad_dz + added : added.expand_as(dz);
+  }
+
+  at::Tensor inner = zero;  // sum(gx * P(dz))
+  if (gx.defined() && (needed[2] || (needed[1] && batch))) {
+    inner = run_backward(gx, dz, {}, zero, one, false, {false, true, false})[kDweight];
+    if (batch) inner = inner - (gx_sum * dz_sum + gx_xhat * dz_xhat) / n;
+  }
+  variable_list gradients{needed[0] ? grad_dz : at::Tensor(), at::Tensor(),
+                          needed[2] && gx.defined() ? inner * s : at::Tensor()};
+  if (!needed[1]) return gradients;
+  // u = of_dz * dz + of_gx * gx
+  at::Tensor of_dz = gw.defined() ? gw : zero, of_gx = zero;
+  if (batch) {
+    of_dz = of_dz - w * s * gx_xhat / n;
+    of_gx = -w * s * dz_xhat / n;
+  } else if (!gw.defined()) {
+    return gradients;
+  }
+  at::Tensor u = affine(dz, s * of_dz, {}, {});
+  if (batch && gx.defined()) u = affine(gx, s * of_gx, {}, u);
+  if (batch) {
+    const at::Tensor u_mean = (of_dz * dz_sum + of_gx * gx_sum) / n;
+    const at::Tensor u_xhat = (of_dz * dz_xhat + of_gx * gx_xhat) / n;
+    u = affine(x, -s * s * (u_xhat + w * s * inner / n), -s * u_mean, u, norm.mean);
+  }
+  gradients[1] = u;
+  return gradients;
+}
 
 variable_list differentiable_backward(const at::Tensor& grad_output, const variable_list& saved,
                                       const Settings& settings, const std::array<bool, 4>& needed) {
@@ -348,7 +256,11 @@ variable_list differentiable_backward(const at::Tensor& grad_output, const varia
   const at::Tensor dz = through_activation(grad_output, saved, settings, *norm);
   const at::Tensor weight =
       saved[kWeight].defined() ? saved[kWeight].reshape(-1).to(at::kDouble) : at::Tensor();
-  const variable_list parts = norm_backward(dz, saved[kInput], weight, norm);
+  variable_list parts;
+  if (norm->wanted != Parts{}) {
+    parts = is_batched() ? norm_backward_by_torch(dz, saved[kInput], weight, *norm)
+                         : norm_backward(dz, saved[kInput], weight, norm);
+  }
 
   variable_list gradients(4);
   auto next = parts.begin();

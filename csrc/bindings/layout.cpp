@@ -1,7 +1,5 @@
 #include "bindings/layout.h"
 
-#include <ATen/ops/empty_strided.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -45,7 +43,7 @@ at::Tensor in_layout(const at::Tensor& tensor, Layout layout) {
   if (layout == Layout::kChannelsFirst) return tensor.contiguous();
   if (is_channels_last(tensor)) return tensor;
   const auto strides = channels_last_strides(tensor.sizes());
-  return at::empty_strided(tensor.sizes(), strides, tensor.options()).copy_(tensor);
+  return tensor.new_empty_strided(tensor.sizes(), strides).copy_(tensor);
 }
 
 at::Tensor in_some_layout(const at::Tensor& tensor) {

@@ -10,13 +10,17 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/accumulate.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "bindings/checks.h"
 #include "bindings/layout.h"
 #include "bindings/ops.h"
 #include "core/calls.h"
+
+// As torch/csrc/autograd/graph_task.h has it, which takes as long to compile as all of this.
+namespace torch::autograd {
+TORCH_API int get_current_graph_task_id();
+}
 
 namespace batchnorm {
 namespace bindings {

@@ -1,4 +1,4 @@
-// The operators as C++ functions that go through the dispatcher.
+// The operators as C++ functions that go through the dispatcher (defined in autograd.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>

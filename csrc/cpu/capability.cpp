@@ -24,7 +24,7 @@ std::atomic<Capability>& current() {
 }  // namespace
 
 bool is_built(Capability capability) {
-#if defined(__x86_64__)
+#if defined(BATCHNORM_X86_KERNELS)
   (void)capability;
   return true;
 #else
@@ -34,7 +34,7 @@ bool is_built(Capability capability) {
 
 bool is_available(Capability capability) {
   if (capability == Capability::kPortable) return true;
-#if defined(__x86_64__)
+#if defined(BATCHNORM_X86_KERNELS)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   if (capability == Capability::kAvx2) return avx2;
@@ -58,7 +58,7 @@ bool set_capability(Capability capability) {
 
 template <typename T>
 const Kernels<T>& kernels() {
-#if defined(__x86_64__)
+#if defined(BATCHNORM_X86_KERNELS)
   switch (capability()) {
     case Capability::kAvx512Bf16:
       if constexpr (std::is_same_v<T, BFloat16>) return avx512_bf16::table<T>();

@@ -1,7 +1,7 @@
 // The kernels for AVX2; used where the processor has it (cpu/capability.cpp).
 #include "cpu/simd/tables.h"
 
-#if defined(__x86_64__)
+#if defined(BATCHNORM_X86_KERNELS)
 #include <immintrin.h>
 
 #pragma GCC push_options

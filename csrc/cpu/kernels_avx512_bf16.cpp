@@ -2,7 +2,7 @@
 // (cpu/capability.cpp).
 #include "cpu/simd/tables.h"
 
-#if defined(__x86_64__)
+#if defined(BATCHNORM_X86_KERNELS)
 #include <immintrin.h>
 
 #pragma GCC push_options

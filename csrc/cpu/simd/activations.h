@@ -3,12 +3,21 @@
 // Included like vec.h. The smooth ones' elementary functions are accurate to a few ulp of the
 // accumulate type; NaN goes through all of them. Formulas are those of torch.nn.functional.
 
+// p * 2^k, where k lies in the low bits of shifted (see exp). Half of 2^k twice, since k = 128 has
+// no float of its own.
+BN_INLINE NativeFloat scaled_by_power(NativeFloat p, NativeFloat shifted) {
+  const NativeInt32 exponent = (NativeInt32)shifted - 0x4b400000;
+  const NativeInt32 half = exponent >> 1;
+  const NativeFloat a = (NativeFloat)((half + 127) << 23);
+  const NativeFloat b = (NativeFloat)((exponent - half + 127) << 23);
+  return p * a * b;
+}
+
 // exp(x): x = k ln2 + r, Taylor series of degree 7 on |r| <= ln2 / 2 (remainder 5e-9).
 BN_INLINE Vec<float> exp(const Vec<float>& x) {
   const Vec<float> low = set1(-104.0f), high = set1(89.0f);  // exp of these is 0 and inf
   const Vec<float> clamped = select(x < low, low, select(x > high, high, x));
   const Vec<float> magic = set1(12582912.0f);  // 1.5 * 2^23: its sum with k has k in the low bits
-  // Half of 2^k twice, since k = 128 has no float of its own.
   const Vec<float> shifted = fma(clamped, set1(1.44269504f), magic);
   const Vec<float> k = shifted - magic;
   Vec<float> r = fma(k, set1(-0.693359375f), clamped);
@@ -22,13 +31,7 @@ BN_INLINE Vec<float> exp(const Vec<float>& x) {
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
   Vec<float> y;
-  for (int i = 0; i < kParts; ++i) {
-    const NativeInt32 exponent = (NativeInt32)shifted.part[i] - 0x4b400000;
-    const NativeInt32 half = exponent >> 1;
-    const NativeFloat a = (NativeFloat)((half + 127) << 23);
-    const NativeFloat b = (NativeFloat)((exponent - half + 127) << 23);
-    y.part[i] = p.part[i] * a * b;
-  }
+  BN_EACH_PART(i, y.part[i] = scaled_by_power(p.part[i], shifted.part[i]));
   return y;
 }
 
@@ -66,16 +69,16 @@ BN_INLINE Vec<float> normal_cdf(const Vec<float>& z) {
 }
 
 // Double precision is for checks and small problems: the C library, lane by lane.
-#define BN_LANEWISE(NAME, EXPRESSION)                   \
-  BN_INLINE Vec<double> NAME(const Vec<double>& x) {    \
-    Vec<double> y;                                      \
-    for (int i = 0; i < kParts; ++i) {                  \
-      for (int k = 0; k < kLanesPerPart<double>; ++k) { \
-        const double v = x.part[i][k];                  \
-        y.part[i][k] = EXPRESSION;                      \
-      }                                                 \
-    }                                                   \
-    return y;                                           \
+#define BN_LANEWISE(NAME, EXPRESSION)                                           \
+  BN_INLINE Vec<double> NAME(const Vec<double>& x) {                            \
+    Vec<double> y;                                                              \
+    _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i) {                  \
+      _Pragma("GCC unroll 8") for (int k = 0; k < kLanesPerPart<double>; ++k) { \
+        const double v = x.part[i][k];                                          \
+        y.part[i][k] = EXPRESSION;                                              \
+      }                                                                         \
+    }                                                                           \
+    return y;                                                                   \
   }
 BN_LANEWISE(exp, __builtin_exp(v))
 BN_LANEWISE(expm1_negative, __builtin_expm1(v))

@@ -1,5 +1,19 @@
 // What is written element by element: y, and dx with the residual's gradient. Included like vec.h.
 
+// The smooth activations are bound by their arithmetic, and need the registers for it.
+template <typename Act>
+constexpr bool kCheap = Act::kPiecewiseLinear || __is_same(Act, Identity);
+
+// Where columns share a channel, and with it the parameters, those stay in registers. The smooth
+// activations read them like those of columns, again and again from here: one kernel for both.
+template <typename A>
+struct Repeated {
+  BN_MEMBER explicit Repeated(A value) { store(values, set1(value)); }
+  A values[kLanes<A>];
+};
+// What column & step is: the column itself, or the first one always.
+constexpr std::int64_t kEachColumn = -1, kOneColumn = 0;
+
 // ---- shared by forward and backward: z, and dz from dy ----
 
 template <typename A>
@@ -108,31 +122,61 @@ BN_INLINE std::int64_t mask_bytes(std::int64_t length) { return (length + 7) / 8
 
 // s and p are copies, so that the compiler knows that no store changes them.
 template <typename T, typename Act, bool kPerColumn>
-BN_INLINE void forward_run(const ForwardSpan<T> s, const ForwardParams<Accumulate<T>> p) {
+BN_INLINE void forward_run(const ForwardSpan<T> s, const ForwardParams<Accumulate<T>> p,
+                           std::int64_t step) {
   using A = Accumulate<T>;
   const bool stream = s.stream && is_aligned(s.y);
   const Affine<A> shared = affine_at<false>(p, 0, 0, false);
   std::int64_t at = 0;
 #pragma GCC unroll kUnroll
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
-    const Affine<A> affine = kPerColumn ? affine_at<kPerColumn>(p, at, 0, false) : shared;
+    const Affine<A> affine = kPerColumn ? affine_at<kPerColumn>(p, at & step, 0, false) : shared;
     __builtin_prefetch(s.x + at + s.ahead);
     forward_vector<T, Act, false>(s, affine, p.activation_param, at, kLanes<A>, stream);
   }
   if (at < s.length) {
     const int lanes = static_cast<int>(s.length - at);
-    const Affine<A> affine = affine_at<kPerColumn>(p, at, lanes, true);
+    const Affine<A> affine = affine_at<kPerColumn>(p, at & step, lanes, true);
     forward_vector<T, Act, true>(s, affine, p.activation_param, at, lanes, false);
   }
 }
 
-template <typename T, typename Act, bool kPerColumn>
-static void forward(const ForwardSpan<T>& span, const ForwardParams<Accumulate<T>>& params) {
+template <typename T, typename Act>
+BN_OUTLINE void smooth_forward_run(const ForwardSpan<T>& s, const ForwardParams<Accumulate<T>>& p,
+                                   std::int64_t step) {
+  forward_run<T, Act, true>(s, p, step);
+}
+
+template <typename T, typename Act>
+BN_INLINE void forward_run_of_channel(const ForwardSpan<T>& s,
+                                      const ForwardParams<Accumulate<T>>& p) {
+  if constexpr (kCheap<Act>) {
+    forward_run<T, Act, false>(s, p, kOneColumn);
+  } else {
+    const Repeated center(p.center[0]), scale(p.scale[0]), shift(p.shift[0]);
+    smooth_forward_run<T, Act>(s, {center.values, scale.values, shift.values, p.activation_param},
+                               kOneColumn);
+  }
+}
+
+// Parameters per column.
+template <typename T, typename Act>
+static void forward_columns(const ForwardSpan<T>& s, const ForwardParams<Accumulate<T>>& p) {
+  if constexpr (kCheap<Act>) {
+    forward_run<T, Act, true>(s, p, kEachColumn);
+  } else {
+    smooth_forward_run<T, Act>(s, p, kEachColumn);
+  }
+}
+
+// Runs of which each has the next channel's.
+template <typename T, typename Act>
+static void forward_channels(const ForwardSpan<T>& span,
+                             const ForwardParams<Accumulate<T>>& params) {
   ForwardSpan<T> s = span;
   ForwardParams<Accumulate<T>> p = params;
-  if constexpr (kPerColumn) return forward_run<T, Act, true>(s, p);
   for (std::int64_t run = 0; run < span.runs; ++run) {
-    forward_run<T, Act, false>(s, p);
+    forward_run_of_channel<T, Act>(s, p);
     s.x += s.length;
     s.residual = advance(s.residual, s.length);
     s.y += s.length;
@@ -169,7 +213,8 @@ BN_INLINE void backward_vector(const BackwardSpan<T>& s, const BackwardParams<Ac
 }
 
 template <typename T, typename Act, bool kPerColumn>
-BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumulate<T>> p) {
+BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumulate<T>> p,
+                            std::int64_t step) {
   using A = Accumulate<T>;
   const bool stream =
       s.stream && (!s.dx || is_aligned(s.dx)) && (!s.dresidual || is_aligned(s.dresidual));
@@ -183,9 +228,11 @@ BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumu
     __builtin_prefetch(s.x + at + s.ahead);
     __builtin_prefetch(s.dy + at + s.ahead);
     if constexpr (kPerColumn) {
-      backward_vector<T, Act, true, false>(
-          s, p, affine_at<true>(p.forward, at, 0, false), p.slope ? load(p.slope + at) : zero,
-          p.slope ? load(p.offset + at) : zero, at, kLanes<A>, stream);
+      const std::int64_t column = at & step;
+      backward_vector<T, Act, true, false>(s, p, affine_at<true>(p.forward, column, 0, false),
+                                           p.slope ? load(p.slope + column) : zero,
+                                           p.slope ? load(p.offset + column) : zero, at, kLanes<A>,
+                                           stream);
     } else {
       backward_vector<T, Act, false, false>(s, p, shared, shared_slope, shared_offset, at,
                                             kLanes<A>, stream);
@@ -193,20 +240,54 @@ BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumu
   }
   if (at < s.length) {
     const int lanes = static_cast<int>(s.length - at);
+    const std::int64_t column = at & step;
     backward_vector<T, Act, kPerColumn, true>(
-        s, p, affine_at<kPerColumn>(p.forward, at, lanes, true),
-        p.slope ? parameter<kPerColumn>(p.slope, at, lanes, true) : zero,
-        p.slope ? parameter<kPerColumn>(p.offset, at, lanes, true) : zero, at, lanes, false);
+        s, p, affine_at<kPerColumn>(p.forward, column, lanes, true),
+        p.slope ? parameter<kPerColumn>(p.slope, column, lanes, true) : zero,
+        p.slope ? parameter<kPerColumn>(p.offset, column, lanes, true) : zero, at, lanes, false);
   }
 }
 
-template <typename T, typename Act, bool kPerColumn>
-static void backward(const BackwardSpan<T>& span, const BackwardParams<Accumulate<T>>& params) {
+template <typename T, typename Act>
+BN_OUTLINE void smooth_backward_run(const BackwardSpan<T>& s,
+                                    const BackwardParams<Accumulate<T>>& p, std::int64_t step) {
+  backward_run<T, Act, true>(s, p, step);
+}
+
+template <typename T, typename Act>
+BN_INLINE void backward_run_of_channel(const BackwardSpan<T>& s,
+                                       const BackwardParams<Accumulate<T>>& p) {
+  using A = Accumulate<T>;
+  if constexpr (kCheap<Act>) {
+    backward_run<T, Act, false>(s, p, kOneColumn);
+  } else {
+    const ForwardParams<A>& f = p.forward;
+    const Repeated center(f.center[0]), scale(f.scale[0]), shift(f.shift[0]);
+    const Repeated slope(p.slope ? p.slope[0] : A(0)), offset(p.slope ? p.offset[0] : A(0));
+    smooth_backward_run<T, Act>(s,
+                                {{center.values, scale.values, shift.values, f.activation_param},
+                                 p.slope ? slope.values : nullptr,
+                                 offset.values},
+                                kOneColumn);
+  }
+}
+
+template <typename T, typename Act>
+static void backward_columns(const BackwardSpan<T>& s, const BackwardParams<Accumulate<T>>& p) {
+  if constexpr (kCheap<Act>) {
+    backward_run<T, Act, true>(s, p, kEachColumn);
+  } else {
+    smooth_backward_run<T, Act>(s, p, kEachColumn);
+  }
+}
+
+template <typename T, typename Act>
+static void backward_channels(const BackwardSpan<T>& span,
+                              const BackwardParams<Accumulate<T>>& params) {
   BackwardSpan<T> s = span;
   BackwardParams<Accumulate<T>> p = params;
-  if constexpr (kPerColumn) return backward_run<T, Act, true>(s, p);
   for (std::int64_t run = 0; run < span.runs; ++run) {
-    backward_run<T, Act, false>(s, p);
+    backward_run_of_channel<T, Act>(s, p);
     s.x += s.length;
     s.dy += s.length;
     s.residual = advance(s.residual, s.length);

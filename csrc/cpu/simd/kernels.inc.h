@@ -17,12 +17,12 @@
 template <typename T, typename Act>
 constexpr void fill(Kernels<T>& k, Activation activation) {
   const int i = static_cast<int>(activation);
-  k.forward[i][Kernels<T>::kShared] = forward<T, Act, false>;
-  k.forward[i][Kernels<T>::kPerColumn] = forward<T, Act, true>;
+  k.forward[i][Kernels<T>::kShared] = forward_channels<T, Act>;
+  k.forward[i][Kernels<T>::kPerColumn] = forward_columns<T, Act>;
   k.column_sums[i] = column_sums<T, Act>;
   k.run_sums[i] = run_sums<T, Act>;
-  k.backward[i][Kernels<T>::kShared] = backward<T, Act, false>;
-  k.backward[i][Kernels<T>::kPerColumn] = backward<T, Act, true>;
+  k.backward[i][Kernels<T>::kShared] = backward_channels<T, Act>;
+  k.backward[i][Kernels<T>::kPerColumn] = backward_columns<T, Act>;
 }
 
 template <typename T>
@@ -56,5 +56,9 @@ template const Kernels<double>& table<double>();
 template const Kernels<Half>& table<Half>();
 #endif
 
+#undef BN_EACH_PART
+#undef BN_PART
 #undef BN_INLINE
+#undef BN_OUTLINE
+#undef BN_KEEP_LOOP
 #undef BN_MEMBER

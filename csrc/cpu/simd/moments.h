@@ -45,16 +45,19 @@ BN_INLINE void start_sums(const T* const* rows, const Block& b, ShiftedSums<Accu
   using A = Accumulate<T>;
   const int head = b.count < kGroupRows ? b.count : kGroupRows;
   Vec<A> first[kVectors];
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     first[v] = load_at<T, kPartial>(rows[0], b, v);
     sums[v] = {set1(A(0)), set1(A(0)), set1(A(0))};
   }
   for (int r = 1; r < head; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       sums[v].shift = sums[v].shift + (load_at<T, kPartial>(rows[r], b, v) - first[v]);
     }
   }
   const Vec<A> share = set1(A(1) / static_cast<A>(head));
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sums[v].shift = fma(sums[v].shift, share, first[v]);
 }
 
@@ -62,6 +65,7 @@ template <typename T, int kVectors, bool kPartial>
 BN_INLINE void add_rows(const T* const* rows, const Block& b, ShiftedSums<Accumulate<T>>* sums) {
   using A = Accumulate<T>;
   for (int r = b.begin; r < b.end; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const Vec<A> d = load_at<T, kPartial>(rows[r], b, v) - sums[v].shift;
       sums[v].sum = sums[v].sum + d;
@@ -107,6 +111,7 @@ BN_INLINE void add_to_moments(const T* const* rows, int count, std::int64_t at, 
   using A = Accumulate<T>;
   double chunk_mean[kLanes<A>], chunk_m2[kLanes<A>];
   const double inverse = 1.0 / count;
+#pragma GCC unroll 8
   for (int i = 0; i < kWideParts<A>; ++i) {
     const auto shift = wide(sums.shift, i), sum = wide(sums.sum, i),
                squares = wide(sums.squares, i);
@@ -134,6 +139,7 @@ BN_INLINE void add_to_moments(const T* const* rows, int count, std::int64_t at, 
       some_m2[i] = i < lanes ? m2[at + i] : 0;
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kWideParts<A>; ++i) {
     const auto old_mean = peek<NativeDouble>(to_mean + i * kWideLanes);
     const auto old_m2 = peek<NativeDouble>(to_m2 + i * kWideLanes);
@@ -159,12 +165,14 @@ BN_INLINE void moments_of_block(const T* const* rows, const Block& b, Accumulate
   if (b.begin == 0) {
     start_sums<T, kVectors, kPartial>(rows, b, sums);
   } else {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const A* const at = kept + b.at + v * kLanes<A>;
       sums[v] = {load(at), load(at + b.padded), load(at + 2 * b.padded)};
     }
   }
   add_rows<T, kVectors, kPartial>(rows, b, sums);
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     if (b.end == b.count) {
       add_to_moments(rows, b.count, b.at + v * kLanes<A>, b.lanes, sums[v], before, mean, m2);
@@ -204,6 +212,7 @@ BN_INLINE Moments moments_of_run(const T* x, std::int64_t length) {
   constexpr int kVectors = 4;
   const Vec<A> first = set1(static_cast<A>(to_double(x)));
   Vec<A> sum[kVectors], squares[kVectors];
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sum[v] = squares[v] = set1(A(0));
   const std::int64_t head = length / 8 / kLane * kLane;
   for (std::int64_t at = 0; at < head; at += kLane) sum[0] = sum[0] + (load(x + at) - first);
@@ -213,6 +222,7 @@ BN_INLINE Moments moments_of_run(const T* x, std::int64_t length) {
 
   std::int64_t at = 0;
   for (; at + kVectors * kLane <= length; at += kVectors * kLane) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const Vec<A> d = load(x + at + v * kLane) - shift;
       sum[v] = sum[v] + d;

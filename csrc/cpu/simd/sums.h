@@ -25,13 +25,10 @@ BN_INLINE void add_gradient(const T* x, const T* dy, const T* residual, const st
   sums->dot = fma(dz, centered, sums->dot);
 }
 
-// The smooth activations are bound by their arithmetic, and need the registers for it.
-template <typename Act>
-constexpr bool kCheap = Act::kPiecewiseLinear || __is_same(Act, Identity);
-
 template <typename A>
 BN_INLINE void add_wide(const Vec<A>& v, double* to, int lanes) {
   if (lanes == kLanes<A>) {
+#pragma GCC unroll 8
     for (int i = 0; i < kWideParts<A>; ++i) {
       poke(to + i * kWideLanes, peek<NativeDouble>(to + i * kWideLanes) + wide(v, i));
     }
@@ -50,6 +47,7 @@ BN_INLINE void sums_of_block(const BackwardRows<T>& rows, const Block& b, Accumu
   const bool has_residual = rows.has_residual, has_mask = rows.has_mask;
   Affine<A> affine[kVectors];
   PartialSums<A> sums[kVectors];
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     const std::int64_t at = b.at + v * kLanes<A>;
     affine[v] = affine_at<true>(p, at, b.lanes, kPartial);
@@ -57,6 +55,7 @@ BN_INLINE void sums_of_block(const BackwardRows<T>& rows, const Block& b, Accumu
     if (b.begin > 0) sums[v] = {load(kept + at), load(kept + at + b.padded)};
   }
   for (int r = b.begin; r < b.end; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       add_gradient<T, Act, kPartial>(rows.x[r], rows.dy[r],
                                      has_residual ? rows.residual[r] : nullptr,
@@ -64,6 +63,7 @@ BN_INLINE void sums_of_block(const BackwardRows<T>& rows, const Block& b, Accumu
                                      b.lanes, affine[v], p.activation_param, &sums[v]);
     }
   }
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     const std::int64_t at = b.at + v * kLanes<A>;
     if (b.end == b.count) {
@@ -108,16 +108,21 @@ BN_INLINE void sums_of_run(const BackwardSpan<T>& s, const ForwardParams<Accumul
   const A param = p.activation_param;
   const Affine<A> affine = affine_at<false>(p, 0, 0, false);
   PartialSums<A> sums[kVectors];
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) sums[v] = {set1(A(0)), set1(A(0))};
   std::int64_t at = 0;
   for (; at + kVectors * kLane <= s.length; at += kVectors * kLane) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       add_gradient<T, Act, false>(s.x, s.dy, s.residual, s.mask, at + v * kLane, kLane, affine,
                                   param, &sums[v]);
     }
   }
-  for (; at + kLane <= s.length; at += kLane) {
-    add_gradient<T, Act, false>(s.x, s.dy, s.residual, s.mask, at, kLane, affine, param, &sums[0]);
+  if constexpr (kVectors > 1) {
+    for (; at + kLane <= s.length; at += kLane) {
+      add_gradient<T, Act, false>(s.x, s.dy, s.residual, s.mask, at, kLane, affine, param,
+                                  &sums[0]);
+    }
   }
   if (at < s.length) {
     add_gradient<T, Act, true>(s.x, s.dy, s.residual, s.mask, at, static_cast<int>(s.length - at),

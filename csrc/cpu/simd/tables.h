@@ -3,6 +3,11 @@
 
 #include "cpu/kernels.h"
 
+// Elsewhere, and where BATCHNORM_EXT_PORTABLE is defined, there are the portable kernels alone.
+#if defined(__x86_64__) && !defined(BATCHNORM_EXT_PORTABLE)
+#define BATCHNORM_X86_KERNELS
+#endif
+
 namespace batchnorm {
 namespace cpu {
 namespace avx512_bf16 {  // BFloat16 only

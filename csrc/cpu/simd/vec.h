@@ -2,14 +2,36 @@
 //
 // Included once by each kernels_<isa>.cpp inside its namespace and its target region: no include
 // guard, no standard headers (an inline function of theirs compiled here would carry this
-// instruction set into the rest of the program). Every function is always inlined.
+// instruction set into the rest of the program). Functions are always inlined, but for those that
+// are long and seldom or slow by themselves: they are one copy instead of hundreds to compile.
 
 #define BN_INLINE static inline __attribute__((always_inline))
+#define BN_OUTLINE static __attribute__((noinline))
+// A loop of a few steps that compilers would make vectors of, in hundreds of places.
+#define BN_KEEP_LOOP asm volatile("")
 #define BN_MEMBER inline __attribute__((always_inline))
 
 constexpr int kVectorBytes = 64;
 constexpr int kNativeBytes = BATCHNORM_NATIVE_BYTES;
 constexpr int kParts = kVectorBytes / kNativeBytes;
+
+// A statement for each part of a vector, with i = 0, 1, ... Not a loop: it would be unrolled only
+// after it was inlined everywhere, a quarter of the time to compile (docs/decisions/0013).
+#define BN_PART(INDEX, i, ...) \
+  {                            \
+    constexpr int i = INDEX;   \
+    __VA_ARGS__;               \
+  }
+#if BATCHNORM_NATIVE_BYTES == 64
+#define BN_EACH_PART(i, ...) BN_PART(0, i, __VA_ARGS__)
+#elif BATCHNORM_NATIVE_BYTES == 32
+#define BN_EACH_PART(i, ...) BN_PART(0, i, __VA_ARGS__) BN_PART(1, i, __VA_ARGS__)
+#else
+#define BN_EACH_PART(i, ...) \
+  BN_PART(0, i, __VA_ARGS__) \
+  BN_PART(1, i, __VA_ARGS__) BN_PART(2, i, __VA_ARGS__) BN_PART(3, i, __VA_ARGS__)
+#endif
+
 // Loops over vectors are unrolled to about as many instructions on every instruction set. Four
 // times on all took the portable kernels 60 s to compile instead of 38; their speed was not
 // compared.
@@ -51,12 +73,12 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 template <typename A>
 constexpr int kLanesPerPart = kNativeBytes / static_cast<int>(sizeof(A));
 
-#define BN_OPERATOR(RESULT, OP)                                          \
-  template <typename A>                                                  \
-  BN_INLINE RESULT<A> operator OP(const Vec<A>& a, const Vec<A>& b) {    \
-    RESULT<A> r;                                                         \
-    for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] OP b.part[i]; \
-    return r;                                                            \
+#define BN_OPERATOR(RESULT, OP)                                       \
+  template <typename A>                                               \
+  BN_INLINE RESULT<A> operator OP(const Vec<A>& a, const Vec<A>& b) { \
+    RESULT<A> r;                                                      \
+    BN_EACH_PART(i, r.part[i] = a.part[i] OP b.part[i]);              \
+    return r;                                                         \
   }
 BN_OPERATOR(Vec, +)
 BN_OPERATOR(Vec, -)
@@ -72,21 +94,21 @@ BN_OPERATOR(Lanes, !=)
 template <typename A>
 BN_INLINE Lanes<A> operator|(const Lanes<A>& a, const Lanes<A>& b) {
   Lanes<A> r;
-  for (int i = 0; i < kParts; ++i) r.part[i] = a.part[i] | b.part[i];
+  BN_EACH_PART(i, r.part[i] = a.part[i] | b.part[i]);
   return r;
 }
 
 template <typename A>
 BN_INLINE Lanes<A> operator~(const Lanes<A>& a) {
   Lanes<A> r;
-  for (int i = 0; i < kParts; ++i) r.part[i] = ~a.part[i];
+  BN_EACH_PART(i, r.part[i] = ~a.part[i]);
   return r;
 }
 
 template <typename A>
 BN_INLINE Vec<A> set1(A value) {
   Vec<A> r;
-  for (int i = 0; i < kParts; ++i) r.part[i] = value - typename NativeOf<A>::type{};
+  BN_EACH_PART(i, r.part[i] = value - typename NativeOf<A>::type{});
   return r;
 }
 
@@ -94,7 +116,7 @@ BN_INLINE Vec<A> set1(A value) {
 template <typename A>
 BN_INLINE Vec<A> select(const Lanes<A>& lanes, const Vec<A>& a, const Vec<A>& b) {
   Vec<A> r;
-  for (int i = 0; i < kParts; ++i) r.part[i] = lanes.part[i] ? a.part[i] : b.part[i];
+  BN_EACH_PART(i, r.part[i] = lanes.part[i] ? a.part[i] : b.part[i]);
   return r;
 }
 
@@ -123,41 +145,47 @@ BN_INLINE N native_fma(N a, N b, N c) {
 template <typename A>
 BN_INLINE Vec<A> fma(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c) {
   Vec<A> r;
-  for (int i = 0; i < kParts; ++i) r.part[i] = native_fma(a.part[i], b.part[i], c.part[i]);
+  BN_EACH_PART(i, r.part[i] = native_fma(a.part[i], b.part[i], c.part[i]));
   return r;
 }
 
 // One bit per lane, lane 0 lowest.
 template <typename A>
+BN_INLINE unsigned native_bits(typename NativeOf<A>::integers lanes) {
+#if BATCHNORM_NATIVE_BYTES == 64
+  return sizeof(A) == 4 ? _mm512_movepi32_mask((__m512i)lanes)
+                        : _mm512_movepi64_mask((__m512i)lanes);
+#elif BATCHNORM_NATIVE_BYTES == 32
+  return static_cast<unsigned>(sizeof(A) == 4 ? _mm256_movemask_ps((__m256)lanes)
+                                              : _mm256_movemask_pd((__m256d)lanes));
+#elif defined(__SSE2__)
+  return static_cast<unsigned>(sizeof(A) == 4 ? _mm_movemask_ps((__m128)lanes)
+                                              : _mm_movemask_pd((__m128d)lanes));
+#else
+  unsigned bits = 0;
+  for (int k = 0; k < kLanesPerPart<A>; ++k) bits |= (lanes[k] ? 1u : 0u) << k;
+  return bits;
+#endif
+}
+template <typename A>
 BN_INLINE unsigned to_bits(const Lanes<A>& lanes) {
   unsigned bits = 0;
-  for (int i = 0; i < kParts; ++i) {
-    unsigned part = 0;
-#if BATCHNORM_NATIVE_BYTES == 64
-    part = sizeof(A) == 4 ? _mm512_movepi32_mask((__m512i)lanes.part[i])
-                          : _mm512_movepi64_mask((__m512i)lanes.part[i]);
-#elif BATCHNORM_NATIVE_BYTES == 32
-    part = static_cast<unsigned>(sizeof(A) == 4 ? _mm256_movemask_ps((__m256)lanes.part[i])
-                                                : _mm256_movemask_pd((__m256d)lanes.part[i]));
-#else
-    for (int k = 0; k < kLanesPerPart<A>; ++k) part |= (lanes.part[i][k] ? 1u : 0u) << k;
-#endif
-    bits |= part << (i * kLanesPerPart<A>);
-  }
+  BN_EACH_PART(i, bits |= native_bits<A>(lanes.part[i]) << (i * kLanesPerPart<A>));
   return bits;
 }
 
 template <typename A>
-BN_INLINE Lanes<A> from_bits(unsigned bits) {
+BN_INLINE typename NativeOf<A>::integers native_lanes(unsigned bits) {
   using Integers = typename NativeOf<A>::integers;
   using Integer = typename NativeOf<A>::integer;
   Integers bit_of_lane;
   for (int k = 0; k < kLanesPerPart<A>; ++k) bit_of_lane[k] = Integer{1} << k;
+  return ((static_cast<Integer>(bits) - Integers{}) & bit_of_lane) != Integers{};
+}
+template <typename A>
+BN_INLINE Lanes<A> from_bits(unsigned bits) {
   Lanes<A> r;
-  for (int i = 0; i < kParts; ++i) {
-    const Integer part = static_cast<Integer>(bits >> (i * kLanesPerPart<A>));
-    r.part[i] = ((part - Integers{}) & bit_of_lane) != Integers{};
-  }
+  BN_EACH_PART(i, r.part[i] = native_lanes<A>(bits >> (i * kLanesPerPart<A>)));
   return r;
 }
 
@@ -234,8 +262,8 @@ BN_INLINE NativeFloat widen(NativeUint16 bits, Half) { return _mm256_cvtph_ps((_
 BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
   return (NativeUint16)_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-#else
-BN_INLINE NativeFloat widen(NativeUint16 bits, Half) {
+#else  // two dozen instructions each
+BN_OUTLINE NativeFloat widen(NativeUint16 bits, Half) {
   const NativeUint32 wide = extend(bits);
   const NativeUint32 magnitude = (wide & 0x7fffu) << 13;
   // Times 2^112 moves the exponent's bias, and makes denormals normal.
@@ -244,7 +272,7 @@ BN_INLINE NativeFloat widen(NativeUint16 bits, Half) {
   const NativeUint32 value = magnitude >= 0x0f800000u ? special : finite;
   return (NativeFloat)(value | ((wide & 0x8000u) << 16));
 }
-BN_INLINE NativeUint16 narrow(NativeFloat value, Half) {
+BN_OUTLINE NativeUint16 narrow(NativeFloat value, Half) {
   const NativeUint32 bits = (NativeUint32)value;
   const NativeUint32 magnitude = bits & 0x7fffffffu;
   // Below 2^-14: adding 0.5 leaves the denormal's bits, rounded, at the bottom.
@@ -287,65 +315,101 @@ struct Memory<Half> {
 
 template <typename T>
 BN_INLINE Vec<Accumulate<T>> load(const T* from) {
+  constexpr int kStep = kLanesPerPart<Accumulate<T>>;
   Vec<Accumulate<T>> r;
-  for (int i = 0; i < kParts; ++i) {
-    r.part[i] =
-        Memory<T>::from(peek<typename Memory<T>::type>(from + i * kLanesPerPart<Accumulate<T>>));
-  }
+  BN_EACH_PART(i, r.part[i] = Memory<T>::from(peek<typename Memory<T>::type>(from + i * kStep)));
   return r;
 }
 
 template <typename T>
 BN_INLINE void store(T* to, const Vec<Accumulate<T>>& v) {
-  for (int i = 0; i < kParts; ++i) {
-    poke(to + i * kLanesPerPart<Accumulate<T>>, Memory<T>::to(v.part[i]));
-  }
+  constexpr int kStep = kLanesPerPart<Accumulate<T>>;
+  BN_EACH_PART(i, poke(to + i * kStep, Memory<T>::to(v.part[i])));
 }
 
 // Past the caches; to must be aligned to the bytes of a native vector as stored.
-template <typename T>
-BN_INLINE void store_streaming(T* to, const Vec<Accumulate<T>>& v) {
-  for (int i = 0; i < kParts; ++i) {
-    void* const at = to + i * kLanesPerPart<Accumulate<T>>;
-    const typename Memory<T>::type value = Memory<T>::to(v.part[i]);
+template <typename Native>
+BN_INLINE void native_store_streaming(void* to, Native value) {
 #if defined(__SSE2__)
-    constexpr int kBytes = static_cast<int>(sizeof(value));
+  constexpr int kBytes = static_cast<int>(sizeof(value));
 #if BATCHNORM_NATIVE_BYTES == 64
-    if constexpr (kBytes == 64) _mm512_stream_si512(static_cast<__m512i*>(at), (__m512i)value);
+  if constexpr (kBytes == 64) _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
 #endif
 #if BATCHNORM_NATIVE_BYTES >= 32
-    if constexpr (kBytes == 32) _mm256_stream_si256(static_cast<__m256i*>(at), (__m256i)value);
+  if constexpr (kBytes == 32) _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)value);
 #endif
-    if constexpr (kBytes == 16) _mm_stream_si128(static_cast<__m128i*>(at), (__m128i)value);
-    if constexpr (kBytes == 8) _mm_stream_si64(static_cast<long long*>(at), (long long)value);
+  if constexpr (kBytes == 16) _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)value);
+  if constexpr (kBytes == 8) _mm_stream_si64(static_cast<long long*>(to), (long long)value);
 #else
-    poke(at, value);
+  poke(to, value);
 #endif
-  }
+}
+template <typename T>
+BN_INLINE void store_streaming(T* to, const Vec<Accumulate<T>>& v) {
+  constexpr int kStep = kLanesPerPart<Accumulate<T>>;
+  BN_EACH_PART(i, native_store_streaming(to + i * kStep, Memory<T>::to(v.part[i])));
 }
 
-// What a run's last, incomplete vector needs: n < kLanes elements, zeros behind them.
+// What a run's last, incomplete vector needs: n < kLanes elements, zeros behind them. Nothing else
+// is touched.
+#if BATCHNORM_NATIVE_BYTES == 32
+// All bits of the first n lanes of part i, of lanes as wide as Integers'.
+template <typename Integers>
+BN_INLINE Integers first_lanes_of_part(int n, int i) {
+  constexpr int kLanesHere = sizeof(Integers) / sizeof(Integers{}[0]);
+  Integers lane;
+  for (int k = 0; k < kLanesHere; ++k) lane[k] = k;
+  return (n - i * kLanesHere - Integers{}) > lane;
+}
+#endif
+
 template <typename T>
 BN_INLINE Vec<Accumulate<T>> load(const T* from, int n) {
+  using A = Accumulate<T>;
+  [[maybe_unused]] constexpr int kStep = kLanesPerPart<A>;
+  Vec<A> r;
 #if BATCHNORM_NATIVE_BYTES == 64
-  Vec<Accumulate<T>> r;
   const unsigned mask = (1u << n) - 1u;
   if constexpr (sizeof(T) == 4) {
-    r.part[0] = (typename NativeOf<Accumulate<T>>::type)_mm512_maskz_loadu_epi32(
-        static_cast<__mmask16>(mask), from);
+    r.part[0] =
+        (typename NativeOf<A>::type)_mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), from);
   } else if constexpr (sizeof(T) == 8) {
-    r.part[0] = (typename NativeOf<Accumulate<T>>::type)_mm512_maskz_loadu_epi64(
-        static_cast<__mmask8>(mask), from);
+    r.part[0] =
+        (typename NativeOf<A>::type)_mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), from);
   } else {
     r.part[0] =
         Memory<T>::from((NativeUint16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
   }
-  return r;
+#elif BATCHNORM_NATIVE_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    BN_EACH_PART(i, r.part[i] = _mm256_maskload_ps(
+                        from + i * kStep, (__m256i)first_lanes_of_part<NativeInt32>(n, i)));
+  } else if constexpr (sizeof(T) == 8) {
+    BN_EACH_PART(i, r.part[i] = _mm256_maskload_pd(
+                        from + i * kStep, (__m256i)first_lanes_of_part<NativeInt64>(n, i)));
+  } else {
+    // By twos, and the last of an odd number by itself.
+    const int* const twos = reinterpret_cast<const int*>(from);
+    NativeInt32 bits = (NativeInt32)_mm256_maskload_epi32(
+        twos, (__m256i)first_lanes_of_part<NativeInt32>(n / 2, 0));
+    if (n % 2 != 0) {
+      const NativeInt32 last = static_cast<int>(from[n - 1].bits) - NativeInt32{};
+      bits |= last & (first_lanes_of_part<NativeInt32>(n / 2 + 1, 0) ^
+                      first_lanes_of_part<NativeInt32>(n / 2, 0));
+    }
+    r.part[0] = Memory<T>::from((NativeUint16)_mm256_castsi256_si128((__m256i)bits));
+    r.part[1] = Memory<T>::from((NativeUint16)_mm256_extracti128_si256((__m256i)bits, 1));
+  }
 #else
-  T all[kLanes<Accumulate<T>>] = {};
-  for (int i = 0; i < n; ++i) all[i] = from[i];
-  return load(all);
+  T all[kLanes<A>] = {};
+#pragma GCC unroll 1
+  for (int i = 0; i < n; ++i) {
+    all[i] = from[i];
+    BN_KEEP_LOOP;
+  }
+  r = load(all);
 #endif
+  return r;
 }
 
 template <typename T>
@@ -360,10 +424,31 @@ BN_INLINE void store(T* to, const Vec<Accumulate<T>>& v, int n) {
   } else {
     _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), (__m256i)value);
   }
+#elif BATCHNORM_NATIVE_BYTES == 32
+  constexpr int kStep = kLanesPerPart<Accumulate<T>>;
+  if constexpr (sizeof(T) == 4) {
+    BN_EACH_PART(
+        i, _mm256_maskstore_ps(to + i * kStep, (__m256i)first_lanes_of_part<NativeInt32>(n, i),
+                               v.part[i]));
+  } else if constexpr (sizeof(T) == 8) {
+    BN_EACH_PART(
+        i, _mm256_maskstore_pd(to + i * kStep, (__m256i)first_lanes_of_part<NativeInt64>(n, i),
+                               v.part[i]));
+  } else {
+    T all[kLanes<Accumulate<T>>];
+    store(all, v);
+    _mm256_maskstore_epi32(reinterpret_cast<int*>(to),
+                           (__m256i)first_lanes_of_part<NativeInt32>(n / 2, 0), peek<__m256i>(all));
+    if (n % 2 != 0) to[n - 1] = all[n - 1];
+  }
 #else
   T all[kLanes<Accumulate<T>>];
   store(all, v);
-  for (int i = 0; i < n; ++i) to[i] = all[i];
+#pragma GCC unroll 1
+  for (int i = 0; i < n; ++i) {
+    to[i] = all[i];
+    BN_KEEP_LOOP;
+  }
 #endif
 }
 
@@ -372,13 +457,15 @@ template <typename T>
 BN_INLINE Vec<Accumulate<T>> round_to(const Vec<Accumulate<T>>& v) {
   if constexpr (sizeof(T) == sizeof(Accumulate<T>)) return v;
   Vec<Accumulate<T>> r;
-  for (int i = 0; i < kParts; ++i) r.part[i] = Memory<T>::from(Memory<T>::to(v.part[i]));
+  BN_EACH_PART(i, r.part[i] = Memory<T>::from(Memory<T>::to(v.part[i])));
   return r;
 }
 
 template <typename T>
 BN_INLINE double to_double(const T* from) {
-  return static_cast<double>(load(from, 1).part[0][0]);
+  typename Memory<T>::type first{};
+  __builtin_memcpy(&first, from, sizeof(T));
+  return static_cast<double>(Memory<T>::from(first)[0]);
 }
 
 // The first n lanes set.
@@ -434,6 +521,7 @@ BN_INLINE double total(NativeDouble v) { return v[0] + v[1]; }
 template <typename A>
 BN_INLINE double total(const Vec<A>& v) {
   NativeDouble sum = wide(v, 0);
+#pragma GCC unroll 8
   for (int i = 1; i < kWideParts<A>; ++i) sum = sum + wide(v, i);
   return total(sum);
 }
