@@ -51,8 +51,10 @@ needs_bias_argument = pytest.mark.skipif(
 
 
 def named(value: Any) -> str:
-    """A test id: the arguments as they are written in a call."""
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    """A test id: the arguments as they are written in a call, a function's name."""
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in value.items())
+    return getattr(value, "__name__", str(value))
 
 
 def sample(rank: int, seed: int, n: int = 4) -> Tensor:

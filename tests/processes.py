@@ -22,6 +22,13 @@ PATIENCE = timedelta(seconds=60)
 Run = Callable[..., list[Any]]
 
 
+def of_one_import() -> Any:
+    """Starts processes from one that has imported torch, for which each would take seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "torch.multiprocessing", "batchnorm_ext"])
+    return context
+
+
 def _join(rank: int, world: int, store: Path, backend: str) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
@@ -44,7 +51,7 @@ class Processes:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """function(rank, *arguments) in each; results by rank, or the first error."""
-        context = multiprocessing.get_context("spawn")
+        context = of_one_import()
         if not self.pools:
             self.starts += 1
             store = self.folder / f"store-{self.starts}"

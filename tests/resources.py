@@ -1,6 +1,7 @@
 """What nvcc makes of the CUDA kernels, as a table: registers, spills, shared memory of each.
 
     python tests/resources.py          # compiles csrc/cuda, warnings as errors; build/resources.csv
+    python tests/resources.py --turn 3 # all architectures for one dtype, 9.0 for the others
 
 `make nvcc-check` calls it and test_resources.py reads the table. A file that has not changed is not
 compiled again.
@@ -28,6 +29,8 @@ CSRC = ROOT / "csrc"
 TABLE = ROOT / "build" / "resources.csv"
 LOGS = ROOT / "build" / "nvcc"
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ALWAYS = "9.0"
+DTYPES = ("float", "double", "bfloat16", "half")  # as the files of the kernels are named
 FLAGS = [*NVCC_FLAGS, "-I", str(CSRC), "-Xptxas=-v", "-Werror=all-warnings"]
 FLAGS += ["-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"]
 
@@ -130,22 +133,39 @@ def read(path: Path) -> list[Resources]:
         return [Resources(row[0], row[1], *map(int, row[2:])) for row in list(csv.reader(file))[1:]]
 
 
+def architectures_of(source: Path, architectures: str, turn: int | None) -> str:
+    """Those that a file is compiled for."""
+    dtype = source.stem.rpartition("_")[2]
+    is_others_turn = turn is not None and dtype in DTYPES and dtype != DTYPES[turn % len(DTYPES)]
+    return ALWAYS if is_others_turn else architectures
+
+
 def main() -> None:
-    """Compiles every file for all architectures."""
+    """Compiles every file, for all architectures where it is its turn."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--architectures", default=ARCHITECTURES)
+    parser.add_argument("--turn", type=int, help="that of one dtype; without, all have theirs")
     parser.add_argument("--output", type=Path, default=TABLE)
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
         print("*** SKIPPED: no nvcc, the CUDA kernels are NOT COMPILED for any GPU")
         return
-    flags = architecture_flags(arguments.architectures)
+    if arguments.turn is not None:
+        print(
+            f"turn {arguments.turn}: {DTYPES[arguments.turn % len(DTYPES)]} for all architectures; "
+            f"left out today: the other dtypes' kernels for any but {ALWAYS}"
+        )
+
+    def log_of(source: Path) -> str:
+        wanted = architectures_of(source, arguments.architectures, arguments.turn)
+        return compile_one(source, architecture_flags(wanted))
+
     # The slow ones first. csrc/core is compiled by nvcc, too: the kernels include it.
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    sources = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: "kernels_" not in path.name)
     sources += sorted((CSRC / "core").glob("*.cpp"))
     jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     with ThreadPoolExecutor(jobs) as pool:
-        logs = list(pool.map(lambda source: compile_one(source, flags), sources))
+        logs = list(pool.map(log_of, sources))
     rows = parse("".join(logs))
     names = readable([row.kernel for row in rows])
     values = [asdict(row) | {"kernel": name} for row, name in zip(rows, names, strict=True)]

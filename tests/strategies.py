@@ -135,14 +135,22 @@ EXPANDED: dict[str, Layout] = {
 }
 
 
+#: The fields that are forced now.
+_FORCED: dict[str, Any] = {}
+
+
 @contextmanager
 def forced_plan(**fields: Any) -> Iterator[None]:
-    """The CPU plan's fields for the calls inside."""
-    _C.force_plan(**fields)
+    """The CPU plan's fields for the calls inside, besides those that are forced around it."""
+    outer = dict(_FORCED)
+    _FORCED.update(fields)
+    _C.force_plan(**_FORCED)
     try:
         yield
     finally:
-        _C.force_plan()
+        _FORCED.clear()
+        _FORCED.update(outer)
+        _C.force_plan(**outer)
 
 
 @contextmanager

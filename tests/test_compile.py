@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from networks import KINDS, Checkpointed, Network, assert_same, gradients, images
+from rotation import COMPILED, drawn
 from torch import Tensor, nn
 from torch._inductor import metrics
 
@@ -242,8 +243,9 @@ def test_compiled_checkpoint(backend: str) -> None:
         assert model.get_buffer("second.num_batches_tracked").item() == count
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "training"), drawn(COMPILED, [(k, t) for t in (True, False) for k in KINDS])
+)
 def test_reduce_overhead(kind: str, training: bool) -> None:
     """Three steps, since the first two of a CUDA graph are others than those after."""
     model = Network(kind).double().train(training)

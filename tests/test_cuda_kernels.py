@@ -1,20 +1,19 @@
 """The CUDA kernels, on the CPU: every pass, strategy, dtype, layout and activation of csrc/cuda on
 the emulated device, against the formulas in double (tests/emulation/check_kernels.cpp).
 
-Without a sanitizer all cases run; under AddressSanitizer and ThreadSanitizer, which take longer, a
-part of them, another one for each $EMULATION_TURN.
+Each run has a part of the cases, another one on each turn (tests/rotation.py).
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
-from emulation.build import Missing, require_everything
+from emulation.build import require_everything
 from emulation.coverage import REQUIRED, measure, summary
 from emulation.kernels import Part, checks_done, program, run_side_by_side
 from emulation.mistakes import MISTAKES
 from emulation.mutants import planted
+from objects import Missing
+from rotation import ACCESSES, CASES, RACES, drawn, part_of
 
 try:
     require_everything()
@@ -24,29 +23,25 @@ except Missing as error:
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-TURN = int(os.environ.get("EMULATION_TURN", "0"))
 
-
-def turn_of(parts: int) -> Part:
-    """Of so many parts; with the number of plans in common (10), a part would miss some of them."""
-    return TURN % parts, parts
-
-
-@pytest.mark.parametrize("part", [(k, 4) for k in range(4)], ids="{0[0]}/{0[1]}".format)
+@pytest.mark.parametrize(
+    "part", drawn(CASES, [[(k, 4)] for k in range(4)]), ids="{0[0]}/{0[1]}".format
+)
 def test_results(part: Part) -> None:
     assert checks_done(run_side_by_side(program("plain"), part)) > 1_000_000
 
 
 def test_accesses() -> None:
     """Out of bounds, misaligned, undefined: AddressSanitizer and UBSan."""
-    assert checks_done(run_side_by_side(program("asan"), turn_of(7))) > 500_000
+    assert checks_done(run_side_by_side(program("asan"), part_of(ACCESSES))) > 500_000
 
 
 def test_races() -> None:
     """ThreadSanitizer."""
-    assert checks_done(run_side_by_side(program("tsan"), turn_of(37))) > 50_000
+    assert checks_done(run_side_by_side(program("tsan"), part_of(RACES))) > 50_000
 
 
+@pytest.mark.slow
 def test_coverage() -> None:
     assert summary(measure()) >= REQUIRED
 

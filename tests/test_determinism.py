@@ -30,6 +30,8 @@ from torch import Tensor
 
 from batchnorm_ext import _C
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 AXES: dict[str, Any] = {
     "shape": [(700, 65), (5000, 3), (9, 17, 30, 5), (2, 3, 4001), (64, 33, 7, 7), (3, 2049)],
     "dtype": DTYPES,
@@ -129,6 +131,17 @@ def test_instruction_sets_against_each_other(case: Case) -> None:
     for other in outputs.values():
         tolerances.assert_within(other, plainest, 2.0 * bounds.output, "output")
         assert torch.equal(other, outputs["avx2"])  # all have fused multiply-adds
+
+
+@pytest.mark.parametrize("capability", available_capabilities())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stores_past_the_caches(dtype: torch.dtype, capability: str) -> None:
+    """Of every width: the same bits as ordinary ones, on planes that begin at whole vectors."""
+    case = Case((3, 5, 8, 24), dtype, "contiguous", "relu", "contiguous")
+    with cpu_capability(capability):
+        ordinary, streamed = (results(replace(case, plan=(("stream", s),))) for s in (False, True))
+    for a, b in zip(streamed, ordinary, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("capability", available_capabilities())

@@ -13,7 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emulation.build import CACHE, FLAVOURS, HERE, Missing, build, cuda_includes, require_everything
+from emulation.build import CACHE, FLAVOURS, HERE, build, cuda_includes, require_everything
+from objects import Missing
 
 try:
     require_everything()
@@ -22,6 +23,7 @@ except Missing as error:
     MISSING = f"THE CUDA KERNELS ARE NOT TESTED ON THE CPU: {error}"
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
 
 SANITIZERS = ["plain", "asan", "tsan"]
 
@@ -50,6 +52,16 @@ def test_right_kernels(name: str, least: int, flavour: str) -> None:
     found = re.search(r"^(\d+) checks, 0 failures$", result.stdout, re.MULTILINE)
     assert found is not None, result.stdout
     assert int(found[1]) >= least
+
+
+@pytest.mark.parametrize("flavour", ["plain", "asan"])
+def test_fibers_of_the_c_library(flavour: str) -> None:
+    """What processors without a switch of ours have."""
+    output = CACHE / flavour / "ucontext_selftest"
+    source = HERE / "runtime_selftest.cpp"
+    result = run(build(flavour, [source], output, defines=["EMULATION_UCONTEXT"]))
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert re.search(r"^\d+ checks, 0 failures$", result.stdout, re.MULTILINE), result.stdout
 
 
 # What broke a rule of the execution model is found in every build.

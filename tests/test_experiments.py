@@ -11,9 +11,11 @@ from typing import Any
 import bench_extra  # noqa: F401  (skips where the extra is missing)
 import pandas as pd
 import pytest
+import rotation
 import torch
 from bench_cases import invoke
 from rich.console import Console
+from rotation import drawn
 from torch import nn
 
 from benchmarks import plots
@@ -200,7 +202,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "workers", lambda device: 1)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", drawn(rotation.EXPERIMENTS, [[name] for name in EXPERIMENTS]))
 def test_experiment_in_a_tiny_form(name: str, tiny: None, tmp_path: Path) -> None:
     written = tmp_path / "page.md"
     options = ["--experiment", name, "--output", str(tmp_path), "--page", str(written)]

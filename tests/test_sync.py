@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import NEEDS_GLOO, Run, processes
+from rotation import STEPS, drawn
 from strategies import ACTIVATION_PARAMS
 from torch import Tensor, nn
 from torch.autograd.gradcheck import gradcheck, gradgradcheck
@@ -119,8 +120,10 @@ def _ten_steps(rank: int, parts: str, name: str, residual: bool, momentum: float
             assert _same_on_all(layer.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("name", ["identity", "relu", "silu"])
+@pytest.mark.parametrize(
+    ("name", "residual"),
+    drawn(STEPS, [(n, r) for n in ("identity", "relu", "silu") for r in (False, True)][::-1]),
+)
 @pytest.mark.parametrize("parts", PARTS)
 def test_ten_steps(run: Run, parts: str, name: str, residual: bool) -> None:
     run(_ten_steps, parts, name, residual, 0.1)
@@ -192,8 +195,10 @@ def _second_derivatives(rank: int, name: str, residual: bool) -> None:
     assert gradgradcheck(call, leaves)
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("name", ["identity", "leaky_relu", "silu"])
+@pytest.mark.parametrize(
+    ("name", "residual"),
+    drawn(STEPS, [(n, r) for r in (False, True) for n in ("identity", "leaky_relu", "silu")]),
+)
 def test_gradgradcheck(run: Run, name: str, residual: bool) -> None:
     run(_second_derivatives, name, residual)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import multiprocessing
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import KINDS, Network, images
-from processes import NEEDS_GLOO, Run, processes
+from processes import NEEDS_GLOO, Run, of_one_import, processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -212,7 +211,7 @@ def _lose_a_process(rank: int, store: Path, results: Any, in_backward: bool) -> 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_a_process_that_ends(tmp_path: Path, in_backward: bool) -> None:
     """The others end with an error that names the layer, and do not wait for ever."""
-    context = multiprocessing.get_context("spawn")
+    context = of_one_import()
     results = context.Queue()
     arguments = (tmp_path / "store", results, in_backward)
     them = [context.Process(target=_lose_a_process, args=(r, *arguments)) for r in range(3)]

@@ -1,23 +1,22 @@
 """Compiles the CUDA kernels and a test program for the host, with the emulated device.
 
-As a module: `build("asan", [source], output)`. As a program, for one's own experiments:
-`python tests/emulation/build.py plain my_test.cpp --output build/my_test`.
+As a function: `build("asan", [source], output)`. As a program, for one's own experiments:
+`cd tests && python -m emulation.build plain my_test.cpp --output ../build/my_test`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from objects import CompileError, Missing, Task, compile_all, compiler, locked, make_task, run
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -42,31 +41,6 @@ LINK_FLAGS: dict[str, list[str]] = {
     "tsan": ["-fsanitize=thread"],
     "coverage": ["--coverage"],
 }
-
-
-class Missing(RuntimeError):
-    """Something that the emulation needs is not installed. The message says what to do."""
-
-
-class CompileError(RuntimeError):
-    """The compiler or linker failed. The message is its own."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One object to compile."""
-
-    source: Path
-    output: Path
-    command: list[str]
-
-
-def compiler() -> list[str]:
-    """The C++ compiler: $CXX, or g++."""
-    command = shlex.split(os.environ.get("CXX", "g++"))
-    if shutil.which(command[0]) is None:
-        raise Missing(f"no C++ compiler {command[0]!r}: apt-get install g++")
-    return command
 
 
 def include_of_nvcc(nvcc: str) -> list[Path]:
@@ -110,85 +84,22 @@ def cuda_includes() -> list[Path]:
     )
 
 
-def require_boost() -> None:
-    """Boost.Context, in the compiler's own include path."""
-    command = [*compiler(), "-E", "-x", "c++", "-include", "boost/context/fiber.hpp", os.devnull]
-    if subprocess.run(command, capture_output=True).returncode != 0:
-        raise Missing(
-            "boost/context/fiber.hpp was not found: apt-get install libboost-context-dev\n"
-            "(Fedora: boost-devel; conda: libboost-devel)"
-        )
-
-
 def require_everything() -> None:
     """Raises Missing, with what to install."""
     compiler()
     cuda_includes()
-    require_boost()
 
 
-def digest(words: Iterable[str]) -> str:
-    """A short name for a command."""
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
-
-
-def dependencies(depfile: Path) -> list[Path]:
-    """The files that an object was made from, as the compiler wrote them down."""
-    text = depfile.read_text().partition(":")[2].replace("\\\n", " ")
-    return [Path(word) for word in shlex.split(text)]
-
-
-def is_current(task: Task) -> bool:
-    """The command is part of the object's name; here, whether a file has changed since."""
-    depfile = task.output.with_suffix(".d")
-    if not task.output.exists() or not depfile.exists():
-        return False
-    made = task.output.stat().st_mtime_ns
-    files = dependencies(depfile)
-    return all(path.exists() and path.stat().st_mtime_ns < made for path in files)
-
-
-def run(command: Sequence[str]) -> None:
-    """Raises CompileError with the compiler's words."""
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise CompileError(f"{shlex.join(command)}\n{result.stderr}")
-
-
-def compile_one(task: Task) -> None:
-    """Into a name of its own first: two test runs may build at the same time."""
-    if is_current(task):
-        return
-    task.output.parent.mkdir(parents=True, exist_ok=True)
-    own = task.output.with_name(f"{os.getpid()}-{task.output.name}")
-    depfile = task.output.with_suffix(".d")
-    own_depfile = own.with_suffix(".d")
-    words = [*task.command, "-MMD", "-MF", str(own_depfile)]
-    if "--coverage" in words:  # the names of its data are made from the output's name
-        own, own_depfile = task.output, depfile
-        words = [*task.command, "-MMD", "-MF", str(depfile)]
-    run([*words, "-c", str(task.source), "-o", str(own)])
-    own_depfile.replace(depfile)
-    own.replace(task.output)
-
-
-def make_task(source: Path, folder: Path, flags: Sequence[str]) -> Task:
+def task_of(source: Path, folder: Path, flags: Sequence[str]) -> Task:
     language = ["-x", "c++"] if source.suffix == ".cu" else []
-    command = [*compiler(), *COMMON, *flags, *language]
-    name = f"{source.stem}-{digest([str(source), *command])}.o"
-    return Task(source, folder / name, command)
-
-
-def jobs() -> int:
-    """How many files to compile at once: $MAX_JOBS, or one for each processor."""
-    return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    return make_task(source, folder, [*compiler(), *COMMON, *flags, *language])
 
 
 def link(objects: Sequence[Path], output: Path, flavour: str, link_args: Sequence[str]) -> None:
     # A library must not take the real CUDA runtime's functions for its own, where one is loaded.
     shared = ["-shared", "-Wl,-Bsymbolic"] if output.suffix == ".so" else []
     command = [*compiler(), "-pthread", *LINK_FLAGS[flavour], *shared, *map(str, objects)]
-    command += ["-lboost_context", *link_args]
+    command += link_args
     stamp = output.with_name(f"{output.name}.link")
     text = shlex.join(command)
     newest = max(path.stat().st_mtime_ns for path in objects)
@@ -216,15 +127,16 @@ def tasks_of(
     require_everything()
     system = [word for path in cuda_includes() for word in ("-isystem", str(path))]
     own = [f"-I{path}" for path in (RUNTIME, csrc, *extra_includes)]
-    flags = [*FLAVOURS[flavour], *(f"-D{name}" for name in defines), *compile_args, *own, *system]
+    defined = [f"-D{name}" for name in defines]
+    flags = [*FLAVOURS[flavour], *defined, *compile_args, *own, *system]
     more = compile_args_of or {}
     tasks = [
-        make_task(Path(path).resolve(), folder, [*flags, *more.get(Path(path), ())])
+        task_of(Path(path).resolve(), folder, [*flags, *more.get(Path(path), ())])
         for path in sources
     ]
-    runtime_flags = [*RUNTIME_FLAGS, f"-I{RUNTIME}", *system]
+    runtime_flags = [*RUNTIME_FLAGS, *defined, f"-I{RUNTIME}", *system]
     tasks += [
-        make_task(path, CACHE / "runtime", runtime_flags) for path in sorted(RUNTIME.glob("*.cpp"))
+        task_of(path, CACHE / "runtime", runtime_flags) for path in sorted(RUNTIME.glob("*.cpp"))
     ]
     return tasks
 
@@ -246,6 +158,7 @@ def build(
     What has not changed is not compiled again.
     """
     output = Path(output).resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
     folder = CACHE / flavour
     tasks = tasks_of(
         flavour,
@@ -257,9 +170,8 @@ def build(
         compile_args,
         compile_args_of,
     )
-    with ThreadPoolExecutor(jobs()) as pool:
-        list(pool.map(compile_one, tasks))
-    link([task.output for task in tasks], output, flavour, link_args)
+    with locked(output):
+        link(compile_all(tasks), output, flavour, link_args)
     return output
 
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from emulation.build import CACHE, HERE, ROOT, build, jobs
+from objects import jobs
+
+from emulation.build import CACHE, HERE, ROOT, build
 
 CSRC = ROOT / "csrc"
 SOURCES = [

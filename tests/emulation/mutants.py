@@ -19,18 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulation.build import (
-    CACHE,
-    CompileError,
-    Missing,
-    Task,
-    compile_one,
-    dependencies,
-    jobs,
-    link,
-    require_everything,
-    tasks_of,
-)
+from objects import CompileError, Missing, Task, compile_one, dependencies, jobs
+
+from emulation.build import CACHE, link, require_everything, tasks_of
 from emulation.kernels import CSRC, SOURCES, Part, program, run
 from emulation.mistakes import MISTAKES, Mistake
 
@@ -149,6 +140,9 @@ def main() -> None:
         require_everything()
     except Missing as error:
         sys.exit(f"no mistake is planted: {error}")
+    if n > 1:
+        others = len(MISTAKES) - len(chosen)
+        print(f"part {k % n} of {n}: {len(chosen)} mistakes; left to other turns: {others}")
     verdicts = judge_all(chosen)
     found = sum(verdict.is_found for verdict in verdicts)
     print(f"killed {found} of {len(verdicts)}")

@@ -33,7 +33,7 @@ def build_module() -> Path:
     kernels = [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "core" / "plan_cuda.cpp"]
     includes = [*include_paths(), sysconfig.get_path("include")]
     # Objects for another torch have other commands, so other names.
-    flags = [f"-DBUILT_FOR_TORCH={torch.__version__}"]
+    flags = [f"-DBUILT_FOR_TORCH={torch.__version__}", "-O0", "-g0"]
     flags += [word for path in includes for word in ("-isystem", path)]
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
     name = f"torch_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -1,0 +1,93 @@
+"""What `make` prints while it builds (.ci/quietly), and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: What a build by ninja prints, and how it ends.
+BUILD = """
+print("batchnorm_ext 1.0: CPU backend for torch 2.99.0")
+print("running build_ext")
+for k, name in enumerate(["core/plan", "cpu/forward"], 1):
+    print(f"[{k}/3] c++ -Ifolder -c -c /somewhere/csrc/{name}.cpp -o {name}.o -O3", flush=True)
+print("csrc/cpu/forward.cpp:7:3: warning: unused variable 'x'")
+print("[3/3] c++ -shared plan.o forward.o")
+raise SystemExit(STATUS)
+"""
+
+
+def quietly(log: Path, status: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = BUILD.replace("STATUS", str(status))
+    return subprocess.run(
+        [ROOT / ".ci" / "quietly", log, "compiling", sys.executable, "-c", code],
+        env={**os.environ, "V": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_build_is_a_few_lines_for_a_person(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "build.log"
+    result = quietly(log, 0)
+    assert result.returncode == 0
+    lines = result.stdout.splitlines()
+    assert lines[:-1] == [
+        "compiling ...",
+        "batchnorm_ext 1.0: CPU backend for torch 2.99.0",
+        "csrc/cpu/forward.cpp:7:3: warning: unused variable 'x'",
+    ]
+    assert lines[-1].startswith("compiling: done in ")
+    assert "-Ifolder" in log.read_text()
+
+
+def test_a_failed_build_shows_all_of_it(tmp_path: Path) -> None:
+    result = quietly(tmp_path / "build.log", 7)
+    assert result.returncode == 7
+    assert "compiling: FAILED, exit status 7" in result.stdout
+    assert "[2/3] c++ -Ifolder -c -c /somewhere/csrc/cpu/forward.cpp" in result.stdout
+
+
+def test_everything_is_shown_where_asked_for(tmp_path: Path) -> None:
+    result = quietly(tmp_path / "build.log", 0, V="1")
+    assert "[1/3] c++ -Ifolder" in result.stdout
+    assert "compiling" not in result.stdout
+
+
+def test_a_terminal_gets_a_counter(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    command = [str(ROOT / ".ci" / "quietly"), str(tmp_path / "log"), "compiling"]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [*command, sys.executable, "-c", BUILD.replace("STATUS", "0")],
+        env={**os.environ, "V": ""},
+        stdout=child,
+    )
+    os.close(child)
+    assert process.wait() == 0
+    shown = os.read(parent, 65536).decode()
+    os.close(parent)
+    assert "\r\033[Kcompiling 2 of 3: csrc/cpu/forward.cpp" in shown
+    assert shown.endswith(" s\r\n")
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"), [("with a space", []), ("plain", ["VENV=an environment"])]
+)
+def test_a_path_with_a_space_is_named(folder: str, options: list[str], tmp_path: Path) -> None:
+    project = tmp_path / folder
+    project.mkdir()
+    shutil.copy(ROOT / "Makefile", project)
+    result = subprocess.run(
+        ["make", "--dry-run", "help", *options], cwd=project, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "can not work with a path that has a space" in result.stderr
+    assert (options[0].partition("=")[2] if options else str(project)) in result.stderr
