@@ -9,7 +9,8 @@
 # TORCH_INDEX_URL=...  a package index to look for it in, besides pip's own
 # BATCHNORM_EXT_CUDA=0 no CUDA backend; 1: an error where it cannot be built
 # MAX_JOBS=N           compile N files at once
-# PYTEST_ARGS=...      more arguments for pytest
+# PYTEST_ARGS=...      more arguments for pytest; -n0 among them: all in one process
+# V=1                  show what pip and the compiler print
 # VERSIONS='...'       the versions of torch that `make versions` tests
 
 SHELL := bash
@@ -19,6 +20,10 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+# make splits file names at spaces, wherever they stand.
+ifneq ($(words $(CURDIR))$(words $(VENV)),11)
+$(error make can not work with a path that has a space: $(CURDIR), $(VENV))
+endif
 override VENV := $(abspath $(VENV))
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/.batchnorm_ext
@@ -33,10 +38,16 @@ WANTS_CPU := $(if $(HAS_DRIVER),,$(filter Linux-x86_64,$(shell uname -s)-$(shell
 TORCH_SPEC ?= torch==$(TORCH_VERSION)$(if $(WANTS_CPU),+cpu)
 TORCH_INDEX_URL ?=
 
+# Without compiling what is never imported; what is imported is compiled then, and kept.
 PIP := $(PY) -m pip --disable-pip-version-check
+export PYTHONDONTWRITEBYTECODE :=
+# One line instead of what a command prints, unless it fails.
+QUIETLY = $(PY) .ci/quietly build/logs/$(1).log
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build test test-slow versions test-emulated emulation mutants sanitize benchmark \
+comma := ,
+
+.PHONY: help build cuda-environment cuda-install test test-slow versions test-emulated emulation emulation-coverage mutants sanitize benchmark \
         benchmark-smoke why-batch-norm lint format typecheck docs nvcc-check gpu-check clean
 
 help:  ## this list
@@ -61,8 +72,9 @@ $(PY):
 $(STAMPS)/torch: | $(PY)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	@if ! $(PY) -c 'import torch' 2>/dev/null; then \
-	    $(PIP) install $(if $(TORCH_INDEX_URL),--extra-index-url '$(TORCH_INDEX_URL)') '$(TORCH_SPEC)' \
-	    || { printf '%s\n' '' "make: pip found no $(TORCH_SPEC). One of these helps:" \
+	    $(call QUIETLY,torch) 'installing $(TORCH_SPEC)' $(PIP) install --no-compile \
+	        $(if $(TORCH_INDEX_URL),--extra-index-url '$(TORCH_INDEX_URL)') '$(TORCH_SPEC)' \
+	    || { printf '%s\n' '' "make: pip could not install $(TORCH_SPEC). One of these helps:" \
 	        '  make ... TORCH_INDEX_URL=<the CPU index named on the PyTorch installation page>' \
 	        '  make ... TORCH_SPEC=torch==$(TORCH_VERSION)   (the default build, 3 GB with CUDA)' \
 	        '  make ... VENV=<a virtual environment that has torch>' >&2; exit 1; }; \
@@ -84,16 +96,15 @@ for name in sys.argv[1:]:
     print("\n".join(line for line in extras[name] if not line.startswith("batchnorm_ext")))
 endef
 export LIST_EXTRA
-INSTALL_EXTRA = $(PY) -c "$$LIST_EXTRA" $(1) | $(PIP) install --quiet -r /dev/stdin && touch $@
 
-$(STAMPS)/test: pyproject.toml | $(STAMPS)/torch
-	@$(call INSTALL_EXTRA,test)
-$(STAMPS)/bench: pyproject.toml | $(STAMPS)/torch
-	@$(call INSTALL_EXTRA,bench)
-$(STAMPS)/docs: pyproject.toml | $(STAMPS)/torch
-	@$(call INSTALL_EXTRA,docs)
-$(STAMPS)/dev: pyproject.toml | $(STAMPS)/torch
-	@$(call INSTALL_EXTRA,test bench docs dev)
+# A stamp for one or several extras: test+bench.
+$(STAMPS)/%: pyproject.toml | $(STAMPS)/torch
+	@mkdir -p build/logs && $(PY) -c "$$LIST_EXTRA" $(subst +, ,$*) >build/logs/$*.txt
+	@$(call QUIETLY,$*) 'installing packages for: $(subst +,$(comma) ,$*)' \
+	    $(PIP) install --no-compile -r build/logs/$*.txt
+	@touch $@
+.PRECIOUS: $(STAMPS)/%
+FOR_DEVELOPERS := $(STAMPS)/test+bench+docs+dev
 
 # ---- build -------------------------------------------------------------------------------------
 
@@ -103,8 +114,8 @@ $(STAMPS)/dev: pyproject.toml | $(STAMPS)/torch
 BUILT := build/built-for$(subst /,-,$(VENV))$(BATCHNORM_EXT_CUDA:%=-cuda-%)
 $(BUILT): setup.py setup_cuda.py batchnorm_ext/_version.py $(shell find csrc) \
         $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py) | $(STAMPS)/torch
-	@mkdir -p $(@D) && rm -f $(@D)/built-for*
-	$(PY) setup.py build_ext --inplace
+	@rm -f $(@D)/built-for*
+	@$(call QUIETLY,build) 'compiling' $(PY) setup.py build_ext --inplace
 	@touch $@
 ifeq ($(wildcard batchnorm_ext/_C*.so),)
 .PHONY: $(BUILT)
@@ -112,20 +123,25 @@ endif
 
 build: $(BUILT)  ## build the extension in place
 
-# Every kernel is compiled for every architecture by nvcc-check; here one is enough. No GPU is needed.
-cuda-install: TORCH_SPEC = torch==$(CUDA_TORCH_VERSION)
+# Every kernel is compiled for every architecture by nvcc-check; here one is enough, and the rest need
+# not be fast. No GPU is needed.
+cuda-environment cuda-install: TORCH_SPEC = torch==$(CUDA_TORCH_VERSION)
+cuda-environment: $(STAMPS)/torch  ## a CUDA build of torch in VENV
 cuda-install: $(STAMPS)/torch  ## install with the CUDA backend into VENV, and import it
-	BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0+PTX} \
-	    $(PIP) install --quiet --no-build-isolation --no-deps --force-reinstall .
+	@BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0+PTX} CXXFLAGS=-O0 \
+	    $(call QUIETLY,cuda) 'compiling with CUDA' \
+	    $(PIP) install --verbose --no-build-isolation --no-deps --force-reinstall .
 	@cd / && $(PY) -m batchnorm_ext
 	@cd / && $(PY) -c 'from batchnorm_ext import _C; assert _C.build_info()["cuda"], _C.build_info()'
 
 # ---- run ---------------------------------------------------------------------------------------
 
-test: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## every test but the slow ones
-	$(PY) -m pytest $(PYTEST_ARGS)
+# A process for each processor, as far as memory allows (tests/conftest.py).
+IN_PARALLEL := -n auto
+test: $(BUILT) $(STAMPS)/test+bench  ## every test but the slow ones
+	@$(PY) -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
-test-slow: $(BUILT) $(STAMPS)/test $(STAMPS)/bench  ## the slow tests: about 10 GB of memory
+test-slow: $(BUILT) $(STAMPS)/test+bench  ## the slow tests: about 10 GB of memory
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 VERSIONS ?= 2.11.0 $(TORCH_VERSION) newest
@@ -142,7 +158,10 @@ test-emulated: $(BUILT) $(STAMPS)/test  ## the tests on the CUDA kernels, on the
 
 emulation: $(STAMPS)/test  ## the CUDA kernels on the emulated device, in every build, and coverage
 	$(PY) -m pytest tests/test_emulation_runtime.py tests/test_cuda_kernels.py \
-	    --deselect tests/test_cuda_kernels.py::test_coverage $(PYTEST_ARGS)
+	    --deselect tests/test_cuda_kernels.py::test_coverage -m 'slow or not slow' $(PYTEST_ARGS)
+	cd tests && $(PY) -m emulation.coverage
+
+emulation-coverage: $(STAMPS)/test  ## which lines of the CUDA kernels the checks reach
 	cd tests && $(PY) -m emulation.coverage
 
 MUTANTS ?= 0/1
@@ -172,17 +191,17 @@ gpu-check:  ## on a machine with a GPU: build, tests and benchmark there, output
 
 # ---- check -------------------------------------------------------------------------------------
 
-lint: $(STAMPS)/dev  ## ruff and clang-format, changing nothing
+lint: $(FOR_DEVELOPERS)  ## ruff and clang-format, changing nothing
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
 
-format: $(STAMPS)/dev  ## ruff and clang-format, changing files
+format: $(FOR_DEVELOPERS)  ## ruff and clang-format, changing files
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-typecheck: $(STAMPS)/dev  ## mypy
+typecheck: $(FOR_DEVELOPERS)  ## mypy
 	$(PY) -m mypy
 
 # The variable silences a note about mkdocs 2, which the extra keeps out. Not with --quiet, under which
@@ -192,7 +211,7 @@ docs: $(STAMPS)/docs  ## the documentation's site in build/site, warnings as err
 
 # csrc/core and csrc/cuda as C++17 for every architecture; tests/test_resources.py reads the table.
 nvcc-check: $(STAMPS)/torch  ## the CUDA kernels under nvcc, warnings as errors, where there is one
-	$(PY) tests/resources.py
+	$(PY) tests/resources.py $(NVCC_TURN:%=--turn %)
 
 clean:  ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info batchnorm_ext/_C*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
