@@ -137,7 +137,7 @@ cuda-install: $(STAMPS)/torch  ## install with the CUDA backend into VENV, and i
 # ---- run ---------------------------------------------------------------------------------------
 
 # A process for each processor, as far as memory allows (tests/conftest.py).
-IN_PARALLEL := -n auto
+IN_PARALLEL := -n auto --max-worker-restart 2
 test: $(BUILT) $(STAMPS)/test+bench  ## every test but the slow ones
 	@$(PY) -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
