@@ -1,4 +1,4 @@
-"""Types of the compiled module (csrc/bindings/module.cpp, module_cuda.cpp)."""
+"""Types of the compiled module (csrc/bindings/module.cpp, cuda_plans.h)."""
 
 from typing import TypedDict
 

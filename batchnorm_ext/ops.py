@@ -65,7 +65,7 @@ def _in_layout(tensor: Tensor, channels_last: bool) -> Tensor:
 def _empty_like(tensor: Tensor) -> Tensor:
     """An output for this input: in its memory layout if that is one of the two that kernels know.
 
-    Mirrors in_some_layout() of csrc/bindings/layout.cpp.
+    Mirrors in_some_layout() of csrc/bindings/layout.h.
     """
     if tensor.is_contiguous():
         return _in_layout(tensor, channels_last=False)

@@ -40,7 +40,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def problem(sizes: tuple[int, ...], layout: str) -> tuple[str, int, int, int]:
-    """Layout, n, c and s, as problem_of() of csrc/bindings/layout.cpp has them."""
+    """Layout, n, c and s, as problem_of() of csrc/bindings/layout.h has them."""
     n, c, *spatial = sizes
     s = math.prod(spatial)
     if c == 1:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 TURN = int(os.environ.get("TEST_TURN", "0"))
 
 #: Into how many parts each is divided, of which one is done.
+INSTRUCTION_SETS = "the CPU kernels' instruction sets under AddressSanitizer"
 CASES = "the CUDA kernels' cases, emulated"
 ACCESSES = "the CUDA kernels' cases under AddressSanitizer"
 RACES = "the CUDA kernels' cases under ThreadSanitizer"
@@ -23,10 +24,12 @@ COMPILED = "inductor's modes by kinds of module"
 STEPS = "ten steps of several processes by activation"
 EXPERIMENTS = "the training experiments in a tiny form"
 PARTS = {
+    INSTRUCTION_SETS: 2,
     CASES: 2,
-    # With the number of plans in common (10), a part would miss some of them.
-    ACCESSES: 7,
-    RACES: 37,
+    # Of each of four dtypes the cases in 3 and 9 parts: with a factor in common with the number of
+    # plans (10), a part would miss some of them.
+    ACCESSES: 12,
+    RACES: 36,
     EMULATED: 2,
     COMPILED: 3,
     STEPS: 3,
@@ -34,18 +37,24 @@ PARTS = {
 }
 
 
-def part_of(what: str) -> tuple[int, int]:
-    """(k, n): every n-th from the k-th on."""
-    return TURN % PARTS[what], PARTS[what]
+def part_of(what: str, most: int | None = None) -> tuple[int, int]:
+    """(k, n): every n-th from the k-th on, of at most so many."""
+    n = PARTS[what] if most is None else min(PARTS[what], most)
+    return TURN % n, n
 
 
-def drawn(what: str, values: Iterable[Sequence[Any]]) -> list[Any]:
+def drawn(what: str, values: Sequence[Sequence[Any]]) -> list[Any]:
     """Parameters of a test: those that it is not the turn of are marked slow."""
-    k, n = part_of(what)
+    k, n = part_of(what, len(values))
     return [
         pytest.param(*value, marks=() if i % n == k else pytest.mark.slow)
         for i, value in enumerate(values)
     ]
+
+
+def first_drawn(what: str, values: Sequence[Any]) -> Any:
+    """One of those that it is the turn of."""
+    return values[part_of(what, len(values))[0]]
 
 
 def left_out() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from emulation.build import require_everything
 from emulation.coverage import REQUIRED, measure, summary
-from emulation.kernels import Part, checks_done, program, run_side_by_side
+from emulation.kernels import DTYPES, Part, checks_done, program, run_side_by_side
 from emulation.mistakes import MISTAKES
 from emulation.mutants import planted
 from objects import Missing
@@ -31,14 +31,22 @@ def test_results(part: Part) -> None:
     assert checks_done(run_side_by_side(program("plain"), part)) > 1_000_000
 
 
+def checks_of_the_turn(flavour: str, what: str) -> int:
+    """A dtype's, and of its cases a part."""
+    k, n = part_of(what)
+    turn, dtype = k // len(DTYPES), DTYPES[k % len(DTYPES)]
+    path = program(flavour, (dtype,))
+    return checks_done(run_side_by_side(path, (turn, n // len(DTYPES)), "1", dtype.name))
+
+
 def test_accesses() -> None:
     """Out of bounds, misaligned, undefined: AddressSanitizer and UBSan."""
-    assert checks_done(run_side_by_side(program("asan"), part_of(ACCESSES))) > 500_000
+    assert checks_of_the_turn("asan", ACCESSES) > 500_000
 
 
 def test_races() -> None:
     """ThreadSanitizer."""
-    assert checks_done(run_side_by_side(program("tsan"), part_of(RACES))) > 50_000
+    assert checks_of_the_turn("tsan", RACES) > 50_000
 
 
 @pytest.mark.slow

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from objects import Missing, compile_all, compiler, make_task
 from objects import run as run_compiler
+from rotation import INSTRUCTION_SETS, drawn, first_drawn
+
+from batchnorm_ext import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 CHECK = ROOT / "tests" / "sanitizers" / "check_cpu_kernels.cpp"
+NO_KERNELS = ROOT / "tests" / "sanitizers" / "no_kernels.cpp"
 CACHE = ROOT / "build" / "sanitizers"
 FLAGS = ["-std=c++17", "-O1", "-g0", "-ffp-contract=off", "-pthread", "-Wno-psabi", f"-I{CSRC}"]
 
@@ -23,10 +29,26 @@ ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ADDRESS_KERNELS = ["-fsanitize=address", "-fno-sanitize-recover=all"]
 OF_OTHERS = ["-fno-sanitize-address-use-after-scope"]
 OF_SMALLEST = ["-fsanitize=shift,signed-integer-overflow,bounds"]
-SMALLEST = "kernels_avx512_bf16.cpp"
+SMALLEST = "avx512_bf16"
 # Races are in how a call is cut into work, which is the same for all instruction sets. Of the
 # kernels the portable ones show most: ThreadSanitizer sees nothing of what an intrinsic writes.
 THREAD = ["-fsanitize=thread", "-DBATCHNORM_EXT_PORTABLE"]
+
+Names = tuple[str, ...]
+
+#: The instruction sets, and those of them that this process has.
+ALL = tuple(path.stem.removeprefix("kernels_") for path in (CSRC / "cpu").glob("kernels_*.cpp"))
+BUILT = _C.build_info()["cpu_capabilities_built"]
+HAS = BUILT[: BUILT.index(_C.cpu_capability()) + 1]
+#: Those that one program has.
+PARTS = [("portable", "avx2", SMALLEST), ("avx512", SMALLEST)]
+
+
+def parts() -> list[Names]:
+    """For each program the instruction sets that the processor has."""
+    found = [tuple(name for name in HAS if name in names) for names in PARTS]
+    return [names for names in found if names]
+
 
 try:
     compiler()
@@ -42,80 +64,103 @@ def is_gcc() -> bool:
     return "clang" not in text.lower()
 
 
-def sources() -> list[Path]:
-    """Everything that is free of torch; the files that take longest first."""
-    found = [CHECK, *(CSRC / "core").glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]
-    return sorted(found, key=lambda path: (not path.name.startswith("kernels_"), path.name))
+def sources(names: Names) -> list[Path]:
+    """What is free of torch, with the kernels for these; the files that take longest first."""
+    kernels = [CSRC / "cpu" / f"kernels_{name}.cpp" for name in names]
+    others = [CHECK, *(CSRC / "core").glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]
+    return kernels + [path for path in others if not path.name.startswith("kernels_")]
 
 
-def build(name: str, flags: list[str], kernel_flags: list[str], smallest_flags: list[str]) -> Path:
-    def flags_for(source: Path) -> list[str]:
-        if source.name == SMALLEST:
-            return smallest_flags
-        return kernel_flags if source.name.startswith("kernels_") else flags
+def build(
+    name: str,
+    flags: list[str],
+    names: Names = ALL,
+    kernel_flags: Sequence[str] = (),
+    smallest_flags: Sequence[str] = (),
+) -> Path:
+    """With the kernels for these instruction sets, which have flags of their own."""
+
+    def flags_for(source: Path) -> Sequence[str]:
+        if source.stem == f"kernels_{SMALLEST}":
+            return smallest_flags or flags
+        return kernel_flags or flags if source.stem.startswith("kernels_") else flags
 
     folder = CACHE / name
+    command = [*compiler(), *FLAGS]
     tasks = [
-        make_task(source, folder, [*compiler(), *FLAGS, *flags_for(source)]) for source in sources()
+        make_task(source, folder, [*command, *flags_for(source)]) for source in sources(names)
+    ]
+    tasks += [
+        make_task(NO_KERNELS, folder, [*command, *flags, f"-DKERNELS_FOR={left_out}"])
+        for left_out in ALL
+        if left_out not in names
     ]
     objects = compile_all(tasks)
-    program = folder / "check_cpu_kernels"
+    program = folder / "-".join(["check_cpu_kernels", *names])
     run_compiler([*compiler(), *flags, "-pthread", *map(str, objects), "-o", str(program)])
     return program
 
 
-@pytest.fixture(scope="module")
-def with_address() -> Path:
+@functools.cache
+def with_address(names: Names) -> Path:
     """The program under AddressSanitizer and UndefinedBehaviorSanitizer."""
     kernel_flags = list(ADDRESS_KERNELS)
     if is_gcc():  # calls instead of inlined checks: the kernels compile in two thirds of the time
         kernel_flags += ["--param", "asan-instrumentation-with-call-threshold=0"]
-    return build("address", ADDRESS, [*kernel_flags, *OF_OTHERS], [*kernel_flags, *OF_SMALLEST])
+    of_others, of_smallest = [*kernel_flags, *OF_OTHERS], [*kernel_flags, *OF_SMALLEST]
+    return build("address", ADDRESS, names, of_others, of_smallest)
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def with_thread() -> Path:
     """The program under ThreadSanitizer, with the portable kernels."""
-    return build("thread", THREAD, THREAD, THREAD)
+    return build("thread", THREAD)
 
 
-def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(program), *map(str, arguments)]
+def run(
+    program: Path, cases: int, seed: int, kind: str, mistake: str = "none", names: Names = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [str(program), str(cases), str(seed), kind, mistake, *names]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-def checked(result: subprocess.CompletedProcess[str]) -> int:
-    """How many cases passed."""
+def checked(result: subprocess.CompletedProcess[str], on: str) -> int:
+    """How many cases passed, on which instruction sets."""
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    found = re.search(r"checked (\d+) cases on portable", result.stdout)
+    found = re.search(r"checked (\d+) cases on (.*)", result.stdout)
     assert found is not None, result.stdout
+    assert found[2] == on
     return int(found[1])
 
 
-def test_memory_and_values(with_address: Path) -> None:
-    assert checked(run(with_address, 6000)) >= 6000
+@pytest.mark.parametrize("names", drawn(INSTRUCTION_SETS, [[names] for names in parts()]), ids=" ".join)
+def test_memory_and_values(names: Names) -> None:
+    result = run(with_address(names), 6000, 1, "any", names=names)
+    assert checked(result, " ".join(names)) >= 6000
 
 
-def test_threads(with_thread: Path) -> None:
-    assert checked(run(with_thread, 600, 2, "threaded")) >= 600
+def test_threads() -> None:
+    assert checked(run(with_thread(), 600, 2, "threaded"), "portable") >= 600
 
 
-def test_an_overrun_is_reported(with_address: Path) -> None:
+def test_an_overrun_is_reported() -> None:
     """Outputs one element too small, on the heap."""
-    result = run(with_address, 200, 1, "threaded", "overrun")
+    names = first_drawn(INSTRUCTION_SETS, parts())
+    result = run(with_address(names), 200, 1, "threaded", "overrun", names)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
     assert "WRITE of size" in result.stderr
 
 
-def test_a_wrong_value_is_reported(with_address: Path) -> None:
-    result = run(with_address, 1, 1, "threaded", "value")
+def test_a_wrong_value_is_reported() -> None:
+    names = first_drawn(INSTRUCTION_SETS, parts())
+    result = run(with_address(names), 1, 1, "threaded", "value", names)
     assert result.returncode == 1
     assert re.search(r"wrong y\[\d+\]: .*, expected .*\ncase: ", result.stderr)
 
 
-def test_a_race_is_reported(with_thread: Path) -> None:
+def test_a_race_is_reported() -> None:
     """A task that two threads do."""
-    result = run(with_thread, 20, 1, "threaded", "race")
+    result = run(with_thread(), 20, 1, "threaded", "race")
     assert result.returncode != 0
     assert "data race" in result.stderr

@@ -1,7 +1,4 @@
 // The Python module: makes the operators loadable, tells how it was built, shows and forces plans.
-#include "bindings/module.h"
-
-#include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +7,8 @@
 #include <vector>
 
 #include "bindings/build.h"
+#include "bindings/cuda_plans.h"
+#include "bindings/module.h"
 #include "bindings/planning.h"
 #include "cpu/batchnorm.h"
 #include "cpu/kernels.h"

@@ -38,8 +38,5 @@ inline Pass pass_from(const std::string& op) {
   return static_cast<Pass>(index_of(op, kPassNames, "op"));
 }
 
-// module_cuda.cpp
-void define_cuda_plans(pybind11::module_& m);
-
 }  // namespace bindings
 }  // namespace batchnorm

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from objects import jobs
@@ -15,11 +16,25 @@ from objects import jobs
 from emulation.build import CACHE, HERE, ROOT, build
 
 CSRC = ROOT / "csrc"
-SOURCES = [
-    HERE / "check_kernels.cpp",
-    CSRC / "core" / "plan_cuda.cpp",
-    *sorted((CSRC / "cuda").glob("*.cu")),
-]
+CHECKS = HERE / "check_kernels.cpp"
+NO_KERNELS = HERE / "no_kernels.cpp"
+
+
+@dataclass(frozen=True)
+class DType:
+    """What the checks, the kernels' files and C++ call it."""
+
+    name: str
+    stem: str
+    cpp: str
+
+
+DTYPES = (
+    DType("float32", "float", "float"),
+    DType("bfloat16", "bfloat16", "BFloat16"),
+    DType("float16", "half", "Half"),
+    DType("float64", "double", "double"),
+)
 
 # The first report of a sanitizer ends the program.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
@@ -29,10 +44,24 @@ Result = subprocess.CompletedProcess[str]
 Part = tuple[int, int]
 
 
+def sources(dtypes: Sequence[DType]) -> tuple[list[Path], dict[Path, list[str]]]:
+    """What the checks with the kernels of these dtypes are made of, and arguments for some of it."""
+    left_out = [dtype for dtype in DTYPES if dtype not in dtypes]
+    unused = {f"kernels_{way}_{each.stem}" for each in left_out for way in ("forward", "backward")}
+    found = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.stem not in unused]
+    found = [CHECKS, CSRC / "core" / "plan_cuda.cpp", *found]
+    if not left_out:
+        return found, {}
+    each = " ".join(f"DO({dtype.cpp})" for dtype in left_out)
+    return [*found, NO_KERNELS], {NO_KERNELS: [f"-DEACH_LEFT_OUT(DO)={each}"]}
+
+
 @functools.cache
-def program(flavour: str) -> Path:
-    """The checks, with every dtype's kernels."""
-    return build(flavour, SOURCES, CACHE / flavour / "check_kernels")
+def program(flavour: str, dtypes: Sequence[DType] = DTYPES) -> Path:
+    """The checks, with the kernels of some dtypes. Only these may be asked for then."""
+    files, arguments = sources(dtypes)
+    name = "-".join(["check_kernels", *(dtype.name for dtype in dtypes)])
+    return build(flavour, files, CACHE / flavour / name, compile_args_of=arguments)
 
 
 def run(path: Path, part: Part, *more: str, timeout: float = 600) -> Result:

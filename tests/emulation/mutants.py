@@ -2,9 +2,9 @@
 
     cd tests && python -m emulation.mutants [k/n] [--only TEXT]
 
-Each mistake goes into a copy of the sources, of which only the kernels of one dtype are compiled;
-the other objects are the unchanged ones. It is found if the checks of this dtype fail in the build
-that is named. One that does not compile is not found.
+Each mistake goes into a copy of the sources of which only the kernels of one dtype are compiled. It
+is found if the checks of this dtype fail in the build that is named. One that does not compile is
+not found.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from objects import CompileError, Missing, Task, compile_one, dependencies, jobs
 
 from emulation.build import CACHE, link, require_everything, tasks_of
-from emulation.kernels import CSRC, SOURCES, Part, program, run
+from emulation.kernels import CHECKS, CSRC, DTYPES, NO_KERNELS, DType, Part, program, run, sources
 from emulation.mistakes import MISTAKES, Mistake
 
 # Of the dtype's cases, how many are run before a mistake counts as not found.
@@ -43,6 +43,11 @@ class Verdict:
     seconds: float
 
 
+def dtype_of(mistake: Mistake) -> DType:
+    """Whose kernels have it, and are checked."""
+    return next(dtype for dtype in DTYPES if dtype.stem == mistake.dtype)
+
+
 def planted(mistake: Mistake) -> str:
     """The file's text with the mistake in it."""
     text = (CSRC / mistake.file).read_text()
@@ -61,9 +66,7 @@ def is_affected(task: Task, mistake: Mistake) -> bool:
     """Whether an object is to be made with the mistake. The checks themselves stay as they are."""
     name = task.source.stem
     file = CSRC / mistake.file
-    if task.source == SOURCES[0]:
-        return False
-    if name.startswith("kernels_") and not name.endswith(f"_{mistake.dtype}"):
+    if task.source in (CHECKS, NO_KERNELS):
         return False
     if name.startswith("launch_") and file.stem in OF_KERNELS_ONLY:
         return False
@@ -76,10 +79,10 @@ def build_with(mistake: Mistake, folder: Path) -> Path:
     for part in ("core", "cuda"):
         shutil.copytree(CSRC / part, csrc / part)
     (csrc / mistake.file).write_text(planted(mistake))
-    right = tasks_of(mistake.flavour, SOURCES, CSRC, CACHE / mistake.flavour)
-    moved = [
-        csrc / path.relative_to(CSRC) if path.is_relative_to(CSRC) else path for path in SOURCES
-    ]
+    files, arguments = sources([dtype_of(mistake)])
+    cache = CACHE / mistake.flavour
+    right = tasks_of(mistake.flavour, files, CSRC, cache, compile_args_of=arguments)
+    moved = [csrc / path.relative_to(CSRC) if path.is_relative_to(CSRC) else path for path in files]
     wrong = tasks_of(mistake.flavour, moved, csrc, folder, compile_args=["-w", "-g0"])
     first, rest = [], []  # of functions that several objects have, the linker takes the first
     for as_it_was, as_it_is in zip(right, wrong, strict=True):
@@ -93,13 +96,10 @@ def build_with(mistake: Mistake, folder: Path) -> Path:
     return output
 
 
-CHECKED_DTYPES = {"float": "float32", "bfloat16": "bfloat16", "double": "float64"}
-
-
 def is_found(path: Path, mistake: Mistake) -> bool:
-    part, dtype = PARTS[mistake.flavour], CHECKED_DTYPES[mistake.dtype]
+    part, dtype = PARTS[mistake.flavour], dtype_of(mistake)
     try:
-        return run(path, part, "1", dtype, timeout=300).returncode != 0
+        return run(path, part, "1", dtype.name, timeout=300).returncode != 0
     except subprocess.TimeoutExpired:
         return True
 
@@ -123,8 +123,8 @@ def judge(mistake: Mistake, number: int) -> Verdict:
 
 
 def judge_all(mistakes: Sequence[Mistake]) -> list[Verdict]:
-    for flavour in sorted({mistake.flavour for mistake in mistakes}):
-        program(flavour)
+    for flavour, stem in sorted({(mistake.flavour, mistake.dtype) for mistake in mistakes}):
+        program(flavour, tuple(dtype for dtype in DTYPES if dtype.stem == stem))
     with ThreadPoolExecutor(jobs()) as pool:
         return list(pool.map(judge, mistakes, range(len(mistakes))))
 

@@ -21,11 +21,7 @@ from .build import CACHE, HERE, ROOT, build
 
 CSRC = ROOT / "csrc"
 #: What knows torch, and is compiled with its headers.
-BINDINGS = (
-    HERE / "torch_emulated.cpp",
-    CSRC / "bindings" / "layout.cpp",
-    CSRC / "bindings" / "module_cuda.cpp",
-)
+BINDINGS = HERE / "torch_emulated.cpp"
 
 
 def build_module() -> Path:
@@ -39,9 +35,9 @@ def build_module() -> Path:
     name = f"torch_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     return build(
         "plain",
-        [*BINDINGS, *kernels],
+        [BINDINGS, *kernels],
         CACHE / "plain" / torch.__version__ / name,
-        compile_args_of=dict.fromkeys(BINDINGS, flags),
+        compile_args_of={BINDINGS: flags},
         link_args=libraries,
     )
 

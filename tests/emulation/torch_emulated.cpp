@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "bindings/cuda_plans.h"
 #include "bindings/module.h"
 #include "bindings/operators.h"
 #include "bindings/run_cuda.h"

@@ -1,10 +1,10 @@
 // Runs the CPU kernels against naive loops in double precision, under a sanitizer.
 //
-//   check_cpu_kernels CASES [SEED [threaded [overrun|race|value]]]
+//   check_cpu_kernels CASES [SEED [threaded|any [none|overrun|race|value [INSTRUCTION SET ...]]]]
 //
 // Cases are drawn pseudo-randomly: dtype, layout, shape, activation, residual, mask, instruction
-// set and plan. "threaded" draws only those that several threads share, and no guard pages. The
-// last argument plants a mistake, which the run must then report.
+// set (of those that are named, or all) and plan. "threaded" draws only those that several threads
+// share, and no guard pages. The fourth argument plants a mistake, which the run must then report.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -272,6 +272,10 @@ struct Case {
 
 constexpr const char* kPlacementNames[] = {"heap", "misaligned", "guard behind", "guard before"};
 
+const char* name_of(Capability capability) {
+  return batchnorm::cpu::kCapabilityNames[static_cast<int>(capability)];
+}
+
 std::string describe(const Case& c) {
   char text[512];
   const Problem& p = c.problem;
@@ -285,23 +289,25 @@ std::string describe(const Case& c) {
       static_cast<long long>(p.n), static_cast<long long>(p.c), static_cast<long long>(p.s),
       batchnorm::kActivationNames[static_cast<int>(c.activation)], c.param,
       c.residual ? " residual" : "", c.mask ? " mask" : "", c.training,
-      batchnorm::cpu::kCapabilityNames[static_cast<int>(c.capability)], f.scheme, f.cooperative,
+      name_of(c.capability), f.scheme, f.cooperative,
       f.stream, f.threads, static_cast<long long>(f.unit_channels), static_cast<long long>(f.fold),
       static_cast<long long>(c.caches.l2), static_cast<long long>(c.caches.l3),
       kPlacementNames[static_cast<int>(c.placement)], static_cast<unsigned long long>(c.seed));
   return text;
 }
 
-std::vector<Capability> available() {
+// What the processor has, of these names if there are any.
+std::vector<Capability> available(const std::vector<std::string>& names) {
   std::vector<Capability> found;
   for (int i = 0; i < batchnorm::cpu::kCapabilities; ++i) {
-    const auto capability = static_cast<Capability>(i);
-    if (batchnorm::cpu::is_available(capability)) found.push_back(capability);
+    const auto each = static_cast<Capability>(i);
+    const bool named = std::find(names.begin(), names.end(), name_of(each)) != names.end();
+    if (batchnorm::cpu::is_available(each) && (named || names.empty())) found.push_back(each);
   }
   return found;
 }
 
-Case draw(std::uint64_t seed, bool threaded) {
+Case draw(std::uint64_t seed, bool threaded, const std::vector<Capability>& capabilities) {
   constexpr int kN[] = {1, 2, 9, 33}, kC[] = {1, 3, 8, 17, 65}, kS[] = {1, 2, 7, 49, 64, 65, 130};
   constexpr int kUnits[] = {1, 2, 3, 5, 8, 16, 20, 64}, kFolds[] = {1, 2, 3, 4, 7, 16};
   Random random(seed);
@@ -318,7 +324,6 @@ Case draw(std::uint64_t seed, bool threaded) {
   c.residual = random.one_in(2);
   c.mask = random.one_in(2) && batchnorm::is_piecewise_linear(c.activation);
   c.training = !random.one_in(4);
-  const std::vector<Capability> capabilities = available();
   c.capability =
       capabilities[static_cast<std::size_t>(random.below(static_cast<int>(capabilities.size())))];
   c.workers = threaded ? 3 : 1 + random.below(3);
@@ -762,25 +767,28 @@ class Check {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const auto argument = [&](int i) { return std::string(i < argc ? argv[i] : ""); };
   const long cases = argc > 1 ? std::atol(argv[1]) : 1000;
   const std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-  const bool threaded = argument(3) == "threaded";
-  constexpr const char* kPlants[] = {"", "overrun", "race", "value"};
-  const auto* const plant = std::find(std::begin(kPlants), std::end(kPlants), argument(4));
+  const bool threaded = argc > 3 && std::string(argv[3]) == "threaded";
+  constexpr const char* kPlants[] = {"none", "overrun", "race", "value"};
+  const std::string planted = argc > 4 ? argv[4] : "none";
+  const auto* const plant = std::find(std::begin(kPlants), std::end(kPlants), planted);
   if (plant == std::end(kPlants)) {
-    std::fprintf(stderr, "no such mistake: %s\n", argument(4).c_str());
+    std::fprintf(stderr, "no such mistake: %s\n", planted.c_str());
+    return 2;
+  }
+  const std::vector<Capability> capabilities = available({argv + std::min(argc, 5), argv + argc});
+  if (capabilities.empty()) {
+    std::fprintf(stderr, "this processor has none of the instruction sets\n");
     return 2;
   }
   Random seeds(seed);
   for (long i = 0; i < cases; ++i) {
-    Case c = draw(seeds.bits(), threaded);
+    Case c = draw(seeds.bits(), threaded, capabilities);
     Check(c, static_cast<Plant>(plant - kPlants)).run();
   }
-  std::string names;
-  for (const Capability capability : available()) {
-    names += std::string(" ") + batchnorm::cpu::kCapabilityNames[static_cast<int>(capability)];
-  }
-  std::printf("checked %ld cases on%s\n", cases, names.c_str());
+  std::printf("checked %ld cases on", cases);
+  for (const Capability capability : capabilities) std::printf(" %s", name_of(capability));
+  std::printf("\n");
   return 0;
 }

@@ -1,5 +1,8 @@
 // Plans of CUDA calls, for Python to see and to force. Integers only: in every build, and for
-// devices that are not at hand.
+// devices that are not at hand. Included once in each Python module: what it needs of headers takes
+// longer to compile than itself.
+#pragma once
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,17 +13,10 @@
 #include "bindings/planning.h"
 #include "core/devices.h"
 
-namespace py = pybind11;
-
 namespace batchnorm {
 namespace bindings {
 
-CudaPlanOverride& cuda_plan_override() {
-  static CudaPlanOverride forced;
-  return forced;
-}
-
-namespace {
+namespace py = pybind11;
 
 constexpr const char* kMappingNames[] = {"planes", "columns"};
 constexpr const char* kAccessNames[] = {"vector", "scalar"};
@@ -28,7 +24,7 @@ constexpr const char* kAccessNames[] = {"vector", "scalar"};
 using Name = std::optional<std::string>;
 using Count = std::optional<std::int64_t>;
 
-py::dict dict_of(const DeviceLimits& limits) {
+inline py::dict dict_of(const DeviceLimits& limits) {
   py::dict result;
   result["compute_capability"] = limits.compute_capability;
   result["multiprocessors"] = limits.multiprocessors;
@@ -42,7 +38,7 @@ py::dict dict_of(const DeviceLimits& limits) {
   return result;
 }
 
-DeviceLimits limits_from(const py::dict& fields) {
+inline DeviceLimits limits_from(const py::dict& fields) {
   const py::dict known = dict_of({});
   for (const auto& [name, value] : fields) {
     if (!known.contains(name)) {
@@ -66,13 +62,13 @@ DeviceLimits limits_from(const py::dict& fields) {
           at("cooperative").cast<bool>()};
 }
 
-py::dict cuda_devices() {
+inline py::dict cuda_devices() {
   py::dict result;
   for (const NamedDevice& device : kDevices) result[device.name] = dict_of(device.limits);
   return result;
 }
 
-DeviceLimits device_from(const py::object& device) {
+inline DeviceLimits device_from(const py::object& device) {
   if (!py::isinstance<py::str>(device)) return limits_from(device.cast<py::dict>());
   const auto name = device.cast<std::string>();
   std::string known;
@@ -84,7 +80,7 @@ DeviceLimits device_from(const py::object& device) {
 }
 
 // Writes the fields that are given.
-void prescribe(CudaPlanOverride* forced, const Name& strategy, const Name& access,
+inline void prescribe(CudaPlanOverride* forced, const Name& strategy, const Name& access,
                std::optional<int> team, std::optional<int> slots, Count unit_channels,
                Count units_at_once) {
   if (strategy) forced->strategy = index_of(*strategy, kStrategyNames, "strategy");
@@ -95,14 +91,14 @@ void prescribe(CudaPlanOverride* forced, const Name& strategy, const Name& acces
   if (units_at_once) forced->units_at_once = *units_at_once;
 }
 
-void force_cuda_plan(const Name& strategy, const Name& access, std::optional<int> team,
+inline void force_cuda_plan(const Name& strategy, const Name& access, std::optional<int> team,
                      std::optional<int> slots, Count unit_channels, Count units_at_once) {
   CudaPlanOverride forced;
   prescribe(&forced, strategy, access, team, slots, unit_channels, units_at_once);
   cuda_plan_override() = forced;
 }
 
-py::dict dict_of(const CudaPlan& plan) {
+inline py::dict dict_of(const CudaPlan& plan) {
   py::dict result;
   result["mapping"] = kMappingNames[static_cast<int>(plan.mapping)];
   result["access"] = kAccessNames[static_cast<int>(plan.access)];
@@ -121,7 +117,7 @@ py::dict dict_of(const CudaPlan& plan) {
   return result;
 }
 
-py::dict cuda_plan(const std::string& layout, const std::string& dtype, std::int64_t n,
+inline py::dict cuda_plan(const std::string& layout, const std::string& dtype, std::int64_t n,
                    std::int64_t c, std::int64_t s, const std::string& op, const py::object& device,
                    std::optional<bool> reduces, bool cumulative, bool aligned, bool residual,
                    bool masked, int outputs, const Name& strategy, const Name& access,
@@ -137,9 +133,7 @@ py::dict cuda_plan(const std::string& layout, const std::string& dtype, std::int
   return dict_of(plan_cuda(request, device_from(device), forced));
 }
 
-}  // namespace
-
-void define_cuda_plans(py::module_& m) {
+inline void define_cuda_plans(py::module_& m) {
   const py::none none;
   m.def("cuda_devices", &cuda_devices, "The limits of the devices that plan_cuda knows by name.");
   m.def("plan_cuda", &cuda_plan, py::arg("layout"), py::arg("dtype"), py::arg("n"), py::arg("c"),
