@@ -169,7 +169,7 @@ mutants: $(STAMPS)/test  ## planted mistakes in the CUDA kernels; MUTANTS=k/n ta
 	cd tests && $(PY) -m emulation.mutants $(MUTANTS)
 
 sanitize: $(BUILT) $(STAMPS)/test  ## the CPU kernels under AddressSanitizer and UBSan
-	$(PY) -m pytest tests/test_sanitizers.py $(PYTEST_ARGS)
+	$(PY) -m pytest tests/test_sanitizers.py -m 'slow or not slow' $(PYTEST_ARGS)
 
 # Each experiment writes its result file and its figures to benchmarks/results.
 SHOWN := faster-training learning-rates against-torch

@@ -12,6 +12,7 @@
 
 #include "bindings/build.h"
 #include "bindings/checks.h"
+#include "bindings/double_backward.h"
 #include "bindings/ops.h"
 #include "bindings/schema.h"
 

@@ -1,4 +1,13 @@
 // The Python module: makes the operators loadable, tells how it was built, shows and forces plans.
+//
+// Nothing here is called while a network runs, and pybind11's templates take twice as long to
+// optimise as to compile.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O0")
+#endif
+
+#include "bindings/module.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +17,6 @@
 
 #include "bindings/build.h"
 #include "bindings/cuda_plans.h"
-#include "bindings/module.h"
 #include "bindings/planning.h"
 #include "cpu/batchnorm.h"
 #include "cpu/kernels.h"

@@ -288,11 +288,11 @@ std::string describe(const Case& c) {
       p.layout == Layout::kChannelsFirst ? "channels_first" : "channels_last",
       static_cast<long long>(p.n), static_cast<long long>(p.c), static_cast<long long>(p.s),
       batchnorm::kActivationNames[static_cast<int>(c.activation)], c.param,
-      c.residual ? " residual" : "", c.mask ? " mask" : "", c.training,
-      name_of(c.capability), f.scheme, f.cooperative,
-      f.stream, f.threads, static_cast<long long>(f.unit_channels), static_cast<long long>(f.fold),
-      static_cast<long long>(c.caches.l2), static_cast<long long>(c.caches.l3),
-      kPlacementNames[static_cast<int>(c.placement)], static_cast<unsigned long long>(c.seed));
+      c.residual ? " residual" : "", c.mask ? " mask" : "", c.training, name_of(c.capability),
+      f.scheme, f.cooperative, f.stream, f.threads, static_cast<long long>(f.unit_channels),
+      static_cast<long long>(f.fold), static_cast<long long>(c.caches.l2),
+      static_cast<long long>(c.caches.l3), kPlacementNames[static_cast<int>(c.placement)],
+      static_cast<unsigned long long>(c.seed));
   return text;
 }
 

@@ -1,5 +1,8 @@
 // Backward as a differentiable function, in two steps that have a derivative each: dz = dy *
-// act'(z) in torch's operators, then the gradients of xhat * weight + bias from dz.
+// act'(z) in torch's operators, then the gradients of xhat * weight + bias from dz. Included by
+// autograd.cpp alone: torch's headers take five times as long to compile as this does.
+#pragma once
+
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 // Without "_ops" they would bring headers that take seconds to compile.
@@ -18,7 +21,6 @@
 
 namespace batchnorm {
 namespace bindings {
-namespace {
 
 struct Dimensions {
   explicit Dimensions(std::int64_t rank)
@@ -32,12 +34,12 @@ struct Dimensions {
 };
 
 // Half-precision values are computed with in float32.
-at::ScalarType compute_dtype(const at::Tensor& values) {
+inline at::ScalarType compute_dtype(const at::Tensor& values) {
   return values.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // Batched by vmap, torch.func's or that of is_grads_batched, for which C++ Functions have no rule.
-bool is_batched() {
+inline bool is_batched() {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
   return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          included.has(c10::DispatchKey::VmapMode);
@@ -50,8 +52,8 @@ struct Normalized {
 };
 
 // Statistics of the batch are computed again, so that they are part of the graph.
-Normalized normalize(const at::Tensor& input, const Norm& norm, const Dimensions& dims,
-                     at::ScalarType dtype) {
+inline Normalized normalize(const at::Tensor& input, const Norm& norm, const Dimensions& dims,
+                            at::ScalarType dtype) {
   at::Tensor invstd = norm.invstd.to(dtype).reshape(dims.per_channel);
   if (!input.defined()) return {at::Tensor(), invstd};
   // A shift by a constant changes no derivative, and keeps the digits of x far from 0.
@@ -66,15 +68,16 @@ Normalized normalize(const at::Tensor& input, const Norm& norm, const Dimensions
 // ---- by formulas, on the fused kernels ----
 
 // values * slope + offset + added, per channel.
-at::Tensor affine(const at::Tensor& values, const at::Tensor& slope, const at::Tensor& offset,
-                  const at::Tensor& added, const at::Tensor& center = {}) {
+inline at::Tensor affine(const at::Tensor& values, const at::Tensor& slope,
+                         const at::Tensor& offset, const at::Tensor& added,
+                         const at::Tensor& center = {}) {
   const at::Tensor mean = center.defined() ? center : at::zeros_like(slope);
   return std::get<0>(ops::forward_eval(values, optional(added), slope, optional(offset), mean,
                                        at::ones_like(slope), 0, kActivationNames[0], 0, false));
 }
 
 // By part, undefined where there is none.
-std::array<at::Tensor, 3> spread(const variable_list& given, const Norm& norm) {
+inline std::array<at::Tensor, 3> spread(const variable_list& given, const Norm& norm) {
   std::array<at::Tensor, 3> parts;
   auto next = given.begin();
   for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -86,7 +89,7 @@ std::array<at::Tensor, 3> spread(const variable_list& given, const Norm& norm) {
 // ---- the activation ----
 
 // dy * act'(z) of the smooth activations.
-at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Settings& s) {
+inline at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Settings& s) {
   switch (s.activation) {
     case Activation::kElu:
       return at::_ops::elu_backward::call(dy, s.activation_param, 1, 1, false, z);
@@ -107,7 +110,7 @@ at::Tensor smooth_gradient(const at::Tensor& dy, const at::Tensor& z, const Sett
 
 // The kernels' own act'(z) of the piecewise-linear ones, a constant almost everywhere: 1, or less
 // where the forward pass dropped the element.
-at::Tensor is_kept(const at::Tensor& dy, const variable_list& saved, const Settings& s) {
+inline at::Tensor is_kept(const at::Tensor& dy, const variable_list& saved, const Settings& s) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor ones = at::ones_like(saved[kInput].defined() ? saved[kInput] : dy);
   const auto gradients = ops::backward(
@@ -118,7 +121,7 @@ at::Tensor is_kept(const at::Tensor& dy, const variable_list& saved, const Setti
 }
 
 // z, what the activation was given, as a function of the arguments.
-at::Tensor pre_activation(const variable_list& saved, const Settings& s, const Norm& norm) {
+inline at::Tensor pre_activation(const variable_list& saved, const Settings& s, const Norm& norm) {
   const at::Tensor &input = saved[kInput], &residual = saved[kResidual], &weight = saved[kWeight],
                    &bias = saved[kBias];
   if (!is_batched()) {
@@ -137,8 +140,8 @@ at::Tensor pre_activation(const variable_list& saved, const Settings& s, const N
   return z.to(input.scalar_type());
 }
 
-at::Tensor through_activation(const at::Tensor& dy, const variable_list& saved, const Settings& s,
-                              const Norm& norm) {
+inline at::Tensor through_activation(const at::Tensor& dy, const variable_list& saved,
+                                     const Settings& s, const Norm& norm) {
   if (s.activation == Activation::kIdentity) return dy;
   if (is_piecewise_linear(s.activation)) {
     const bool leaky = s.activation == Activation::kLeakyRelu;
@@ -147,10 +150,8 @@ at::Tensor through_activation(const at::Tensor& dy, const variable_list& saved, 
   return smooth_gradient(dy, pre_activation(saved, s, norm), s);
 }
 
-}  // namespace
-
-variable_list norm_backward_by_torch(const at::Tensor& dz, const at::Tensor& input,
-                                     const at::Tensor& weight, const Norm& norm) {
+inline variable_list norm_backward_by_torch(const at::Tensor& dz, const at::Tensor& input,
+                                            const at::Tensor& weight, const Norm& norm) {
   const Dimensions dims(dz.dim());
   const at::ScalarType dtype = compute_dtype(dz);
   const auto [normalized, invstd] = normalize(input, norm, dims, dtype);
@@ -174,9 +175,10 @@ variable_list norm_backward_by_torch(const at::Tensor& dz, const at::Tensor& inp
   return gradients;
 }
 
-std::array<at::Tensor, 3> run_backward(const at::Tensor& dz, const at::Tensor& input,
-                                       const at::Tensor& weight, const at::Tensor& mean,
-                                       const at::Tensor& invstd, bool training, Parts asked) {
+inline std::array<at::Tensor, 3> run_backward(const at::Tensor& dz, const at::Tensor& input,
+                                              const at::Tensor& weight, const at::Tensor& mean,
+                                              const at::Tensor& invstd, bool training,
+                                              Parts asked) {
   // The sums have the parameters' dtype.
   const at::Tensor parameter = weight.defined() ? weight : at::ones_like(invstd);
   const auto [dx, dresidual, dweight, dbias] = ops::backward(
@@ -194,8 +196,9 @@ std::array<at::Tensor, 3> run_backward(const at::Tensor& dz, const at::Tensor& i
 //   dz:     weight * invstd * P(gx) + gw * xhat + gb
 //   weight: invstd * sum(gx * P(dz))
 //   x:      invstd * P(u) - weight * invstd^2 * mean(gx * P(dz)) * xhat, the last in training only.
-variable_list norm_derivative(const variable_list& given_where_wanted, const variable_list& saved,
-                              const Norm& norm, const Parts& needed) {
+inline variable_list norm_derivative(const variable_list& given_where_wanted,
+                                     const variable_list& saved, const Norm& norm,
+                                     const Parts& needed) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const auto [gx, gw, gb] = spread(given_where_wanted, norm);
   const at::Tensor &dz = saved[0], &x = saved[1], &dz_xhat = saved[3], &dz_sum = saved[4];
@@ -244,8 +247,9 @@ variable_list norm_derivative(const variable_list& given_where_wanted, const var
   return gradients;
 }
 
-variable_list differentiable_backward(const at::Tensor& grad_output, const variable_list& saved,
-                                      const Settings& settings, const std::array<bool, 4>& needed) {
+inline variable_list differentiable_backward(const at::Tensor& grad_output,
+                                             const variable_list& saved, const Settings& settings,
+                                             const std::array<bool, 4>& needed) {
   const auto norm = c10::make_intrusive<Norm>();
   norm->mean = saved[kMean];
   norm->invstd = saved[kInvstd];
