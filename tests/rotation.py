@@ -24,13 +24,13 @@ COMPILED = "inductor's modes by kinds of module"
 STEPS = "ten steps of several processes by activation"
 EXPERIMENTS = "the training experiments in a tiny form"
 PARTS = {
-    INSTRUCTION_SETS: 2,
+    INSTRUCTION_SETS: 3,
     CASES: 2,
     # Of each of four dtypes the cases in 3 and 9 parts: with a factor in common with the number of
     # plans (10), a part would miss some of them.
     ACCESSES: 12,
     RACES: 36,
-    EMULATED: 2,
+    EMULATED: 4,
     COMPILED: 3,
     STEPS: 3,
     EXPERIMENTS: 2,

@@ -17,10 +17,12 @@ from rotation import EMULATED, drawn
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [
-    "test_cuda_plans.py test_sync_ops.py test_ops.py test_accumulation.py test_fused_modules.py "
+    "test_cuda_plans.py test_sync_ops.py test_ops.py",
+    "test_policies.py test_frozen.py test_module_tracing.py "
+    "test_backward.py::test_any_choices test_backward.py::test_any_case",
+    "test_cuda_plans.py test_accumulation.py test_fused_modules.py",
+    "test_layouts.py test_modules.py "
     "test_forward.py::test_any_choices test_forward.py::test_any_case",
-    "test_cuda_plans.py test_policies.py test_frozen.py test_layouts.py test_modules.py "
-    "test_module_tracing.py test_backward.py::test_any_choices test_backward.py::test_any_case",
 ]
 
 try:
@@ -35,7 +37,7 @@ except Missing as error:
 )
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 @pytest.mark.parametrize(
-    "tests", drawn(EMULATED, [[part] for part in PARTS]), ids=["first", "second"]
+    "tests", drawn(EMULATED, [[part] for part in PARTS]), ids=["first", "second", "third", "fourth"]
 )
 def test_the_python_tests_pass_on_the_cuda_kernels(tests: str) -> None:
     result = subprocess.run(

@@ -12,8 +12,7 @@ import pytest
 from objects import Missing, compile_all, compiler, make_task
 from objects import run as run_compiler
 from rotation import INSTRUCTION_SETS, drawn, first_drawn
-
-from batchnorm_ext import _C
+from strategies import available_capabilities
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -37,16 +36,17 @@ THREAD = ["-fsanitize=thread", "-DBATCHNORM_EXT_PORTABLE"]
 Names = tuple[str, ...]
 
 #: The instruction sets, and those of them that this process has.
-ALL = tuple(path.stem.removeprefix("kernels_") for path in (CSRC / "cpu").glob("kernels_*.cpp"))
-BUILT = _C.build_info()["cpu_capabilities_built"]
-HAS = BUILT[: BUILT.index(_C.cpu_capability()) + 1]
+ALL = tuple(
+    path.stem.removeprefix("kernels_") for path in sorted((CSRC / "cpu").glob("kernels_*.cpp"))
+)
+HAS = available_capabilities()
 #: Those that one program has. The last two are one for all dtypes but bfloat16.
-PARTS = [("portable", "avx2"), ("avx512", "avx512_bf16")]
+PROGRAMS: list[Names] = [("portable",), ("avx2",), ("avx512", "avx512_bf16")]
 
 
 def parts() -> list[Names]:
     """For each program the instruction sets that the processor has."""
-    found = [tuple(name for name in HAS if name in names) for names in PARTS]
+    found = [tuple(name for name in HAS if name in names) for names in PROGRAMS]
     return [names for names in found if names]
 
 
@@ -144,11 +144,12 @@ def test_threads() -> None:
 
 
 def test_an_overrun_is_reported() -> None:
-    """Outputs one element too small, on the heap."""
+    """Outputs one element too small, on the heap. What of 64 bytes only the last are beyond, the
+    report calls an unknown crash."""
     names = first_drawn(INSTRUCTION_SETS, parts())
     result = run(with_address(names), 200, 1, "threaded", "overrun", names)
     assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr
+    assert re.search("AddressSanitizer: (heap-buffer-overflow|unknown-crash)", result.stderr)
     assert "WRITE of size" in result.stderr
 
 

@@ -45,7 +45,7 @@ Part = tuple[int, int]
 
 
 def sources(dtypes: Sequence[DType]) -> tuple[list[Path], dict[Path, list[str]]]:
-    """What the checks with the kernels of these dtypes are made of, and arguments for some of it."""
+    """What the checks with the kernels of these dtypes are made of, and compile_args_of it."""
     left_out = [dtype for dtype in DTYPES if dtype not in dtypes]
     unused = {f"kernels_{way}_{each.stem}" for each in left_out for way in ("forward", "backward")}
     found = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.stem not in unused]
