@@ -414,6 +414,8 @@ def test_lines_are_there_before_the_next_case(
     assert "end" not in seen[0]
     refused = invoke("run", *options, "--lines", str(lines))
     assert refused.exit_code == 2, "no file of an earlier run is written over"
+    with pytest.raises(FileExistsError):
+        record.Record(lines)
 
 
 def test_a_killed_run_s_lines_make_its_result(tmp_path: Path) -> None:

@@ -299,10 +299,13 @@ def test_a_channel_in_the_last_chunk_is_checked(monkeypatch: pytest.MonkeyPatch)
 def test_a_gpu_checks_in_few_parts() -> None:
     """Each part is two hundred small kernels: of a large layer, half a second with the CPU's."""
     big = group("bn", sizes=(128, 256, 56, 56), dtype="bfloat16")
-    x = torch.empty(big.shape.sizes, device="meta")
-    data = candidates.Data(*[x] * 3, *[torch.empty(256, device="meta")] * 4)
-    parts = list(check._chunks(data))
+
+    def parts_of(x: Tensor) -> list[slice]:
+        return list(check._chunks(candidates.Data(*[x] * 3, *[torch.empty(256)] * 4)))
+
+    parts = parts_of(torch.empty(big.shape.sizes, device="meta"))
     assert len(parts) < 10
+    assert len(parts_of(torch.empty(2, 256, 56, 56))) > 5, "the CPU's stay in its cache"
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
     assert (parts[0].start, parts[-1].stop) == (0, 256)
 
