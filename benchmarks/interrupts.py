@@ -20,12 +20,23 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number  # as shells count
 
 
+_arrived: list[int] = []
+
+
+def raise_again() -> None:
+    """Raise Interrupted if a signal arrived and something made an error of it or dropped it."""
+    if _arrived:
+        raise Interrupted(_arrived[0])
+
+
 @contextmanager
 def raised() -> Iterator[None]:
     """Within this, a signal of ENDING raises Interrupted, even where the parent had it ignored."""
+    _arrived.clear()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        _arrived.append(number)
+        raise_again()
 
     usual = {number: signal.signal(number, stop) for number in ENDING}
     try:

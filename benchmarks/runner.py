@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import check, graphs, limits, traffic
+from benchmarks import check, graphs, interrupts, limits, traffic
 from benchmarks.candidates import OURS, Calls, Data, make_calls, make_data
 from benchmarks.record import Record
 from benchmarks.shapes import Group
@@ -67,6 +67,7 @@ class Runner:
         return True
 
     def _time_is_up(self) -> bool:
+        interrupts.raise_again()
         return time.monotonic() > self.limit_ends
 
     def _group(self, group: Group, budget_s: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -384,6 +385,23 @@ def test_an_interrupted_run_writes_what_it_has(
     assert result["summary"] == summary.summarise(result["cases"])
     assert result["skipped"][0] in only(tmp_path, "*.md").read_text()
     assert [signal.getsignal(each) for each in interrupts.ENDING] == usual
+
+
+def test_an_interruption_that_became_an_error_still_ends_the_run(
+    stop_after: Callable[[int, Callable[[], None]], None], tmp_path: Path
+) -> None:
+    """As where a graph was being captured: its end fails, and that is a candidate's failure."""
+
+    def swallowed() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    stop_after(1, swallowed)
+    options = ["--preset", "smoke", *TINY, "--op", "bn", "--output", str(tmp_path)]
+    assert invoke("run", *options).exit_code == 130
+    result = json.loads(only(tmp_path, "*.json").read_text())
+    assert len(result["cases"]) == 2, "that one, and none after it"
+    assert invoke("run", *options, "--no-json").exit_code == 0, "the next run knows nothing of it"
 
 
 def test_a_run_that_breaks_writes_what_it_has(
