@@ -40,6 +40,11 @@ def test_without_nvcc_it_says_so(
     assert "no nvcc, so the CUDA kernels are NOT CHECKED" in capsys.readouterr().err
 
 
+def test_build_takes_nothing_that_it_would_ignore() -> None:
+    with pytest.raises(SystemExit, match="2"):
+        check_program.main(["build", "--arch", "sm_90"])
+
+
 def test_it_needs_no_package() -> None:
     code = "import sys; import benchmarks.gpu.check_program as p; print(sorted(sys.modules))"
     # -S: nothing of site-packages

@@ -1,7 +1,7 @@
 """The checks of the CUDA kernels as a program for a real GPU. Needs nvcc, and no torch.
 
-    python3 -m benchmarks.gpu.check_program build                 # build/gpu/check_kernels
-    python3 -m benchmarks.gpu.check_program run [k/n] [seed] [dtype]
+    python3 -m benchmarks.gpu.check_program [--arch sm_90] build      # build/gpu/check_kernels
+    python3 -m benchmarks.gpu.check_program run [--quiet] [k/n] [seed] [dtype]
 
 They are those of tests/emulation, on the device's own memory: the same cases, formulas and
 properties. The kernels are compiled as setup.py compiles them. `run` builds what is not current,
@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("build", "run"))
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="for the program")
     options = parser.parse_args(arguments)
+    if options.command == "build" and options.rest:
+        parser.error(f"build takes no {' '.join(options.rest)}; options come before it")
     toolkit = find_toolkit()
     if toolkit is None:
         print("check_program: no nvcc, so the CUDA kernels are NOT CHECKED", file=sys.stderr)
