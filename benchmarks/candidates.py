@@ -62,30 +62,34 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
 
 def make_data(group: Group, mean: float = 0.0, seed: int = 0) -> Data:
     """Random tensors for `group`: x has the given mean and standard deviation 1."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(group.device).manual_seed(seed)
     dtype = getattr(torch, group.dtype)
     sizes, channels = group.shape.sizes, group.shape.sizes[1]
     # Parameters of a half-precision network stay float32, as under autocast.
     parameter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=random)
+        return torch.randn(size, generator=random, device=group.device)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(size, generator=random, device=group.device)
 
     def activation(offset: float = 0.0) -> Tensor:
-        values = normal(*sizes).add_(offset).to(dtype).to(group.device)
-        return in_layout(values, group.layout)
+        return in_layout(normal(*sizes).add_(offset).to(dtype), group.layout)
 
     def vector(values: Tensor) -> Tensor:
-        return values.to(parameter_dtype).to(group.device)
+        return values.to(parameter_dtype)
 
-    data = Data(  # made on the CPU: the same numbers on every device
+    # Made where they are needed: drawing a GPU's tensors on the CPU would take longer than all the
+    # timing. So the numbers of a seed are those of the device's own generator.
+    data = Data(
         x=activation(mean),
         residual=activation() if group.op == "bn_add_relu" else None,
         grad=activation(),
         weight=vector(1 + 0.1 * normal(channels)),
         bias=vector(0.1 * normal(channels)),
         running_mean=vector(mean + 0.1 * normal(channels)),
-        running_var=vector(0.5 + torch.rand(channels, generator=random)),
+        running_var=vector(0.5 + uniform(channels)),
     )
     for tensor in (*data.inputs, data.weight, data.bias):
         tensor.requires_grad_()

@@ -1,4 +1,4 @@
-"""The command line: run, compare, plot, env, train, micro, penalty, sync, predict.
+"""The command line: run, collect, compare, plot, env, train, micro, penalty, sync, predict.
 
 torch is loaded by the commands only.
 """
@@ -97,19 +97,31 @@ def run(
         str, typer.Option(help="huge-pages: torch's allocator asks for them, for all candidates")
     ] = "default",
     budget: Annotated[float | None, typer.Option(help="seconds for the cases")] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="seconds after which the cases left are skipped")
+    ] = None,
+    lines: Annotated[
+        Path | None, typer.Option(help="new file: what is found, a JSON line each, at once")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
     json: Annotated[bool, typer.Option(help="write the result file")] = True,
     csv: Annotated[bool, typer.Option(help="write every case as CSV")] = False,
     md: Annotated[bool, typer.Option(help="write the tables as Markdown")] = False,
     plot: Annotated[bool, typer.Option(help="draw the result (PNG and SVG)")] = False,
 ) -> None:
-    """Check and time the cases of a preset, narrowed by comma-separated options ('all' works)."""
+    """Check and time the cases of a preset, narrowed by comma-separated options ('all' works).
+
+    Exit status: 1 where a check failed, 3 where the time was up before the last case. A run that
+    is interrupted (Ctrl-C, SIGTERM) writes what it has and exits with 130 or 143.
+    """
     if preset not in shapes.PRESETS:
         raise typer.BadParameter(f"--preset: {preset!r} is not one of {', '.join(shapes.PRESETS)}")
     if allocator not in ALLOCATORS:
         raise typer.BadParameter(f"--allocator: {allocator!r} is not one of {ALLOCATORS}")
     if device not in shapes.DEVICES:
         raise typer.BadParameter(f"--device: {device!r} is not one of {', '.join(shapes.DEVICES)}")
+    if lines is not None and lines.exists():
+        raise typer.BadParameter(f"--lines: {lines} exists already")
     modes = _choices(mode, tuple(shapes.MODES), "mode")
     directions = _choices(direction, shapes.DIRECTIONS, "direction")
     if modes:
@@ -139,7 +151,24 @@ def run(
 
     formats = {"json": json, "csv": csv, "md": md, "plot": plot}
     wanted = [name for name, chosen in formats.items() if chosen]
-    raise typer.Exit(measure.run(preset, selection, budget, output, wanted))
+    raise typer.Exit(measure.run(preset, selection, budget, limit, lines, output, wanted))
+
+
+@app.command()
+def collect(
+    lines: Annotated[Path, typer.Argument(help="what `run --lines` wrote")],
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+    md: Annotated[bool, typer.Option(help="write the tables as Markdown")] = False,
+) -> None:
+    """Make the result file of a run from its lines, also of a run that was killed."""
+    from benchmarks import measure, record
+
+    try:
+        entries = record.read(lines)
+    except (OSError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    raise typer.Exit(measure.publish(entries, output, ["json", "md"] if md else ["json"]))
 
 
 @app.command()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import overhead, report, results
+from benchmarks import interrupts, overhead, report, results
 from benchmarks.environment import cache_bytes
+from benchmarks.record import Entry, Record
 from benchmarks.runner import Runner
 from benchmarks.shapes import PRESETS, Group, Preset, Selection
 
@@ -23,6 +25,10 @@ ENDINGS = {
     "md": [".md"],
     "plot": ["-speedup.png", "-speedup.svg", "-limit.png", "-limit.svg"],
 }
+
+TIME_UP = "the time was up (--limit SECONDS sets it)"
+# The exit status of a run whose checks passed, but that measured only a part of what was asked.
+INCOMPLETE = 3
 
 
 def thread_counts(preset: Preset, selection: Selection) -> tuple[int, ...]:
@@ -35,15 +41,21 @@ def thread_counts(preset: Preset, selection: Selection) -> tuple[int, ...]:
     return (1, usual) if preset.all_thread_counts and usual > 1 else (usual,)
 
 
-def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str, Any]:
-    """Run the groups with a progress bar that moves between them, never while timing."""
-    preset = PRESETS[name]
-    counts = thread_counts(preset, selection)
-    groups = selection.groups(preset, counts)
-    load = os.getloadavg()[0]
-    limit_s = preset.limit_s if budget_s is None else math.inf
-    budget_s = preset.budget_s if budget_s is None else budget_s
-    runner = Runner(budget_s, limit_s, preset.rounds, cache_bytes(selection.device))
+def limits_of(preset: Preset, budget_s: float | None, limit_s: float | None) -> tuple[float, float]:
+    """Seconds to spend on the groups, and seconds after which those that are left are skipped.
+
+    Without a limit of the caller's, a budget of the caller's lifts the preset's limit.
+    """
+    if limit_s is None:
+        limit_s = preset.limit_s if budget_s is None else math.inf
+    return min(preset.budget_s if budget_s is None else budget_s, limit_s), limit_s
+
+
+def measure(groups: Sequence[Group], preset: Preset, device: str, runner: Runner) -> str:
+    """Run the groups with a progress bar that moves between them, never while timing.
+
+    Returns why some were skipped; "" where none was.
+    """
     columns = (
         *(TextColumn("{task.description}"), BarColumn()),
         *(MofNCompleteColumn(), TimeElapsedColumn()),
@@ -52,8 +64,10 @@ def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task("host time", total=len(groups))
         progress.refresh()
-        host = overhead.host_time(preset.host_rounds, selection.device)
-        saved = overhead.saved_bytes()
+        for row in overhead.host_time(preset.host_rounds, device):
+            runner.record.add("host_time", row)
+        for row in overhead.saved_bytes():
+            runner.record.add("saved_bytes", row)
         started = False
 
         def before(group: Group) -> None:
@@ -62,37 +76,65 @@ def measure(name: str, selection: Selection, budget_s: float | None) -> dict[str
             progress.refresh()
             started = True
 
-        runner.run(groups, before)
+        if not runner.run(groups, before):
+            return TIME_UP
         progress.update(task, description="done", advance=1)
         progress.refresh()
-    settings = {
-        "preset": name,
-        "device": selection.device,
-        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
-        "threads": list(counts),
-        "budget_s": budget_s,
-        "rounds": list(preset.rounds),
-        "load_average_before": load,
-    }
-    troubles = {
-        "failures": runner.failures,
-        "peer_failures": runner.peer_failures,
-        "skipped": runner.skipped,
-    }
-    return results.build_result(settings, runner.cases, host, saved, troubles)
+    return ""
 
 
 def run(
     name: str,
     selection: Selection,
     budget_s: float | None,
+    limit_s: float | None,
+    lines: Path | None,
     output: Path | None,
     formats: list[str],
 ) -> int:
-    """Measure, report, write; the exit status: 1 where a check failed."""
-    result = measure(name, selection, budget_s)
-    console = report.make_console()
-    report.print_report(result, console)
+    """Measure and publish, also what there is when a signal or an error ends the run.
+
+    The exit status is publish's, or after a signal 128 and its number, after an error 1.
+    """
+    preset = PRESETS[name]
+    counts = thread_counts(preset, selection)
+    groups = selection.groups(preset, counts)
+    budget_s, limit_s = limits_of(preset, budget_s, limit_s)
+    record = Record(lines)
+    runner = Runner(budget_s, limit_s, preset.rounds, cache_bytes(selection.device), record)
+    settings = {
+        "preset": name,
+        "device": selection.device,
+        "command": ["python", "-m", "benchmarks", *sys.argv[1:]],
+        "threads": list(counts),
+        "budget_s": budget_s,
+        "limit_s": limit_s if math.isfinite(limit_s) else None,
+        "rounds": list(preset.rounds),
+        "load_average_before": os.getloadavg()[0],
+    }
+    record.add("header", results.header(settings))
+    for group in groups:
+        record.add("planned", str(group))
+    status = 0
+    try:
+        with interrupts.raised():
+            end = measure(groups, preset, selection.device, runner)
+    except interrupts.Interrupted as interruption:
+        end, status = str(interruption), interruption.status
+    except Exception as error:
+        traceback.print_exc()
+        end, status = f"{type(error).__name__}: {error}".splitlines()[0], 1
+    record.add("end", end)
+    published = publish(record.entries, output, formats)
+    return status or published
+
+
+def publish(entries: Sequence[Entry], output: Path | None, formats: list[str]) -> int:
+    """Write the result of a run, then show it.
+
+    The exit status: 1 where a check failed, INCOMPLETE where something was skipped, else 0.
+    """
+    result = results.build_result(entries)
     endings = [ending for wanted in formats for ending in ENDINGS[wanted]]
     stem = results.free_stem(output or results.RESULTS, results.stem_for(result), endings)
     written: list[Path] = []
@@ -107,6 +149,10 @@ def run(
         from benchmarks import plots
 
         written.extend(plots.draw(result, stem))
+    console = report.make_console()
+    report.print_report(result, console)
     for path in written:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
-    return 1 if result["failures"] else 0
+    if result["failures"]:
+        return 1
+    return INCOMPLETE if result["incomplete"] else 0

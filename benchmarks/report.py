@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.candidates import OURS
 from benchmarks.environment import device_name
 from benchmarks.limits import FASTEST
-from benchmarks.results import CASE_KEYS
+from benchmarks.results import CASE_KEYS, incomplete_text
 from benchmarks.shapes import BASELINES, DIRECTIONS
 from benchmarks.timing import Ratio, Stats
 
@@ -196,11 +196,8 @@ def print_report(result: dict[str, Any], console: Console) -> None:
         console.print(goal_table(result))
     show_control(result["control"], console)
     console.print(f"Note: {result['notes'][-1]}", style="dim", highlight=False)
-    if result["skipped"]:
-        console.print(
-            f"[yellow]{len(result['skipped'])} groups of cases were skipped: the preset's time was "
-            "up. The result file names them; --budget SECONDS lifts the limit.[/yellow]"
-        )
+    if incomplete := incomplete_text(result):
+        console.print(f"[yellow]{incomplete} The result file names them.[/yellow]", highlight=False)
     for failure in result["peer_failures"]:
         console.print(f"[yellow]peer left out:[/yellow] {failure}", highlight=False)
     for failure in result["failures"]:

@@ -12,11 +12,13 @@ import pandas as pd
 
 from benchmarks.candidates import OURS
 from benchmarks.environment import collect, device_slug, git_state
+from benchmarks.record import KINDS, Entry
 from benchmarks.summary import control, goals, summarise
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 AT_LIMIT = "at the copy limit"
+KILLED = "it was killed"
 CASE_KEYS = ["shape", "layout", "dtype", "op", "direction", "threads"]
 NOTES = [
     "Times are seconds per call, medians with quartiles; candidates took turns in one run. No "
@@ -45,22 +47,26 @@ def header(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build_result(
-    settings: dict[str, Any],
-    cases: list[dict[str, Any]],
-    host_time: list[dict[str, Any]],
-    saved_bytes: list[dict[str, Any]],
-    troubles: dict[str, list[str]],
-) -> dict[str, Any]:
-    """The document of one run; `troubles` are the lists failures, peer_failures and skipped."""
+def build_result(entries: Iterable[Entry]) -> dict[str, Any]:
+    """The document of one run, whether it came to its end or not.
+
+    `incomplete` says why it ended early, `skipped` names the groups that lack a case.
+    """
+    found: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+    for kind, value in entries:
+        found[kind].append(value)
+    cases, done = found["case"], set(found["done"])
     result: dict[str, Any] = {
-        **header(settings),
+        **found["header"][0],
         "notes": NOTES,
-        **troubles,
+        "incomplete": found["end"][0] if found["end"] else KILLED,
+        "skipped": [name for name in found["planned"] if name not in done],
+        "failures": found["failures"],
+        "peer_failures": found["peer_failures"],
         "control": control(cases),
         "summary": summarise(cases),
-        "host_time": host_time,
-        "saved_bytes": saved_bytes,
+        "host_time": found["host_time"],
+        "saved_bytes": found["saved_bytes"],
         "cases": cases,
     }
     result["goals"] = goals(result)
@@ -155,6 +161,15 @@ def summary_frame(result: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def incomplete_text(result: dict[str, Any]) -> str:
+    """What is not in a result, and why; empty where all is. Older files do not say why."""
+    reason = result.get("incomplete", "")
+    if not reason and not result["skipped"]:
+        return ""
+    because = f": {reason}" if reason else ""
+    return f"Incomplete{because}. Groups of cases skipped: {len(result['skipped'])}."
+
+
 def write_markdown(result: dict[str, Any], path: Path) -> Path:
     """Summary, goals and every case as Markdown."""
     cases = frame(result)
@@ -165,8 +180,10 @@ def write_markdown(result: dict[str, Any], path: Path) -> Path:
         "Cases": cases,
     }
     environment = result["environment"]
+    incomplete = incomplete_text(result)
     lines = [
         f"# {result['settings']['preset']}, {result['created']}",
+        *(["", f"**{incomplete}** " + "; ".join(result["skipped"])] if incomplete else []),
         "",
         f"{environment['cpu'].get('Model name', '')}, torch {environment['torch']}, "
         f"commit {result['git']['commit'] or 'unknown'}",

@@ -1,4 +1,4 @@
-"""Runs the groups of a selection: data, correctness, timing; returns plain dictionaries."""
+"""Runs the groups of a selection: data, correctness, timing; records plain dictionaries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import check, graphs, limits, traffic
+from benchmarks import check, graphs, interrupts, limits, traffic
 from benchmarks.candidates import OURS, Calls, Data, make_calls, make_data
+from benchmarks.record import Record
 from benchmarks.shapes import Group
 from benchmarks.timing import Ratio, Stats, interleave
 
@@ -33,34 +34,44 @@ class Runner:
     """Measures groups one after the other within a time budget."""
 
     def __init__(
-        self, budget_s: float, limit_s: float, rounds: tuple[int, int], llc_bytes: int
+        self,
+        budget_s: float,
+        limit_s: float,
+        rounds: tuple[int, int],
+        llc_bytes: int,
+        record: Record,
     ) -> None:
         self.budget_ends = time.monotonic() + budget_s
         self.limit_ends = time.monotonic() + limit_s
         self.rounds = rounds
         self.llc_bytes = llc_bytes
-        self.cases: list[dict[str, Any]] = []
-        self.failures: list[str] = []
-        self.skipped: list[str] = []
-        self.peer_failures: list[str] = []
+        self.record = record
 
-    def run(self, groups: Sequence[Group], progress: Callable[[Group], None]) -> None:
-        """Check and time every group; `progress` is told before each, never while timing."""
+    def run(self, groups: Sequence[Group], progress: Callable[[Group], None]) -> bool:
+        """Check and time every group; `progress` is told before each, never while timing.
+
+        False where the time was up before the last case.
+        """
         threads = torch.get_num_threads()
         try:
             for done, group in enumerate(groups):
                 progress(group)
-                if time.monotonic() > self.limit_ends:
-                    self.skipped.append(str(group))
-                    continue
                 torch.set_num_threads(group.threads)
                 left = max(self.budget_ends - time.monotonic(), 0.0) / (len(groups) - done)
                 budget_s = left * TIMING_SHARE / len(group.directions)
-                self._group(group, max(budget_s, LEAST_S))
+                if self._time_is_up() or not self._group(group, max(budget_s, LEAST_S)):
+                    return False
+                self.record.add("done", str(group))
         finally:
             torch.set_num_threads(threads)
+        return True
 
-    def _group(self, group: Group, budget_s: float) -> None:
+    def _time_is_up(self) -> bool:
+        interrupts.raise_again()
+        return time.monotonic() > self.limit_ends
+
+    def _group(self, group: Group, budget_s: float) -> bool:
+        """Record the cases of a group; False where the time was up before the last of them."""
         # What is captured in a CUDA graph must have been built on the stream of the capture.
         with contextlib.ExitStack() as streams:
             if group.device == "cuda":
@@ -68,9 +79,13 @@ class Runner:
             data = make_data(group)
             calls, errors = self._checked(group, data)
             for direction in group.directions:
-                self.cases.append(self._case(group, direction, data, calls, errors, budget_s))
+                if self._time_is_up():
+                    return False
+                case = self._case(group, direction, data, calls, errors, budget_s)
+                self.record.add("case", case)
         if "compile" in group.baselines:
             torch._dynamo.reset()
+        return True
 
     def _checked(
         self, group: Group, data: Data
@@ -110,8 +125,8 @@ class Runner:
         return calls
 
     def _failed(self, name: str, group: Group, text: str) -> None:
-        failures = self.failures if name == OURS else self.peer_failures
-        failures.append(f"{group}: {name}: {text}")
+        kind = "failures" if name == OURS else "peer_failures"
+        self.record.add(kind, f"{group}: {name}: {text}")
 
     def _case(
         self,

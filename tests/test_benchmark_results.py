@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +24,15 @@ from benchmarks import (
     candidates,
     environment,
     graphs,
+    interrupts,
     limits,
+    measure,
     micro,
     overhead,
+    record,
     report,
     results,
+    runner,
     shapes,
     summary,
     timing,
@@ -293,14 +301,171 @@ def test_time_limit_skips_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(shapes.PRESETS, "smoke", preset)
     options = ["--preset", "smoke", "--shape", "4x8x5x5", "--threads", "1", "--op", "bn"]
     found = invoke("run", *options, "--output", str(tmp_path))
-    assert found.exit_code == 0
-    assert "2 groups of cases were skipped" in found.output
+    assert found.exit_code == measure.INCOMPLETE
+    assert "the time was up" in found.output
+    assert "Groups of cases skipped: 2" in found.output
     result = json.loads(only(tmp_path, "*.json").read_text())
     assert len(result["skipped"]) == 2
     assert result["cases"] == []
     # an explicit budget is the user's own choice of how long it may take
     found = invoke("run", *options, "--budget", "0.1", "--no-json")
+    assert found.exit_code == 0
     assert "skipped" not in found.output
+
+
+@pytest.mark.parametrize(
+    ("budget", "limit", "expected"),
+    [
+        (None, None, (3.0, 8.0)),  # the preset's
+        (5.0, None, (5.0, math.inf)),
+        (None, 2.0, (2.0, 2.0)),  # a run is paced for what time there is
+        (None, 100.0, (3.0, 100.0)),
+        (50.0, 20.0, (20.0, 20.0)),
+    ],
+)
+def test_the_caller_sets_the_limit(
+    budget: float | None, limit: float | None, expected: tuple[float, float]
+) -> None:
+    assert measure.limits_of(shapes.PRESETS["smoke"], budget, limit) == expected
+
+
+def test_the_limit_ends_a_group_between_its_cases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was measured of it stays; the group counts as skipped."""
+    times = iter([False, False, False, True])  # before the group, and before each case
+    monkeypatch.setattr(runner.Runner, "_time_is_up", lambda self: next(times))
+    options = ["--preset", "smoke", *TINY, "--op", "bn", "--output", str(tmp_path)]
+    assert invoke("run", *options).exit_code == measure.INCOMPLETE
+    result = json.loads(only(tmp_path, "*.json").read_text())
+    assert [entry["direction"] for entry in result["cases"]] == ["forward", "backward"]
+    assert [name.split()[1] for name in result["skipped"]] == list(shapes.LAYOUTS)
+
+
+# --- runs that do not come to their end ------------------------------------------------------
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Do something after so many cases, as if it came from outside while the next was timed."""
+
+    def after(count: int, what: Callable[[], None]) -> None:
+        measured = 0
+        usual = runner.Runner._case
+
+        def case(self: runner.Runner, *rest: Any) -> dict[str, Any]:
+            nonlocal measured
+            if measured == count:
+                what()
+            measured += 1
+            return usual(self, *rest)
+
+        monkeypatch.setattr(runner.Runner, "_case", case)
+
+    return after
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_writes_what_it_has(
+    number: signal.Signals,
+    stop_after: Callable[[int, Callable[[], None]], None],
+    tmp_path: Path,
+) -> None:
+    usual = [signal.getsignal(each) for each in interrupts.ENDING]
+    stop_after(4, lambda: signal.raise_signal(number))
+    options = ["--preset", "smoke", *TINY, "--op", "bn", "--md", "--output", str(tmp_path)]
+    found = invoke("run", *options)
+    assert found.exit_code == 128 + number
+    assert f"interrupted by {number.name}. Groups of cases skipped: 1." in found.output
+    assert "4x8x5x5" in found.output, "the tables of what there is"
+    result = json.loads(only(tmp_path, "*.json").read_text())
+    assert number.name in result["incomplete"]
+    assert len(result["cases"]) == 4
+    assert [name.split()[1] for name in result["skipped"]] == ["channels_last"]
+    assert result["summary"] == summary.summarise(result["cases"])
+    assert result["skipped"][0] in only(tmp_path, "*.md").read_text()
+    assert [signal.getsignal(each) for each in interrupts.ENDING] == usual
+
+
+def test_an_interruption_that_became_an_error_still_ends_the_run(
+    stop_after: Callable[[int, Callable[[], None]], None], tmp_path: Path
+) -> None:
+    """As where a graph was being captured: its end fails, and that is a candidate's failure."""
+
+    def swallowed() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    stop_after(1, swallowed)
+    options = ["--preset", "smoke", *TINY, "--op", "bn", "--output", str(tmp_path)]
+    assert invoke("run", *options).exit_code == 130
+    result = json.loads(only(tmp_path, "*.json").read_text())
+    assert len(result["cases"]) == 2, "that one, and none after it"
+    assert invoke("run", *options, "--no-json").exit_code == 0, "the next run knows nothing of it"
+
+
+def test_a_run_that_breaks_writes_what_it_has(
+    stop_after: Callable[[int, Callable[[], None]], None], tmp_path: Path
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("the device is lost\nand more")
+
+    stop_after(1, lost)
+    options = ["--preset", "smoke", *TINY, "--op", "bn", "--output", str(tmp_path)]
+    found = invoke("run", *options)
+    assert found.exit_code == 1
+    result = json.loads(only(tmp_path, "*.json").read_text())
+    assert result["incomplete"] == "RuntimeError: the device is lost"
+    assert len(result["cases"]) == 1
+
+
+def test_lines_are_there_before_the_next_case(
+    stop_after: Callable[[int, Callable[[], None]], None], tmp_path: Path
+) -> None:
+    lines = tmp_path / "lines"
+    seen: list[list[str]] = []
+    stop_after(3, lambda: seen.append([kind for kind, _ in record.read(lines)]))
+    options = ["--preset", "smoke", *TINY, "--op", "bn", "--output", str(tmp_path)]
+    assert invoke("run", *options, "--lines", str(lines)).exit_code == 0
+    assert seen[0].count("case") == 3
+    assert seen[0][0] == "header"
+    assert "end" not in seen[0]
+    refused = invoke("run", *options, "--lines", str(lines))
+    assert refused.exit_code == 2, "no file of an earlier run is written over"
+    with pytest.raises(FileExistsError):
+        record.Record(lines)
+
+
+def test_a_killed_run_s_lines_make_its_result(tmp_path: Path) -> None:
+    lines, whole = tmp_path / "lines", tmp_path / "whole"
+    options = ["--preset", "smoke", *TINY, "--op", "bn", "--lines", str(lines)]
+    assert invoke("run", *options, "--output", str(whole)).exit_code == 0
+    run = json.loads(only(whole, "*.json").read_text())
+    again = invoke("collect", str(lines), "--output", str(tmp_path / "again"))
+    assert again.exit_code == 0, again.output
+    assert json.loads(only(tmp_path / "again", "*.json").read_text()) == run
+
+    text = lines.read_text()
+    lines.write_text(text[: text.rindex('{"case"') + 100])  # killed while it wrote the last case
+    cut = invoke("collect", str(lines), "--output", str(tmp_path / "cut"), "--md")
+    assert cut.exit_code == measure.INCOMPLETE
+    assert "Incomplete: it was killed. Groups of cases skipped: 1." in cut.output
+    result = json.loads(only(tmp_path / "cut", "*.json").read_text())
+    assert result["cases"] == run["cases"][:-1]
+    assert results.read_json(only(tmp_path / "cut", "*.json"))["incomplete"] == results.KILLED
+    assert only(tmp_path / "cut", "*.md").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}\n", '{"case": {}}\n', '{"header": {}}\nno json\n', '{"header": {}}\n[]\n']
+)
+def test_lines_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    lines = tmp_path / "lines"
+    lines.write_text(text)
+    found = invoke("collect", str(lines))
+    assert found.exit_code == 2
+    assert "line" in found.stderr
+    assert "Traceback" not in found.output
 
 
 def test_a_candidate_that_raises_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -355,8 +520,6 @@ def test_a_missing_extension_is_one_sentence(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_mode_is_a_choice_of_directions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from benchmarks import measure
-
     seen: list[shapes.Selection] = []
 
     def fake(preset: str, selection: shapes.Selection, *rest: object) -> int:
@@ -482,6 +645,23 @@ def test_the_gpu_preset_times_all_peers_on_the_gpu() -> None:
     assert {group.dtype for group in groups} == {"bfloat16", "float16", "float32"}
     sizes = {group.shape.sizes for group in groups}
     assert {(128, c, side, side) for c, side in shapes.RESNET50_PLANES} <= sizes
+
+
+def test_the_gpu_preset_measures_what_matters_first() -> None:
+    groups = shapes.Selection(device="cuda").groups(shapes.PRESETS["gpu"], (1,))
+    first = groups[: 12 * 2 * 2]
+    assert {(group.shape.sizes, group.layout, group.op) for group in first} == {
+        ((128, channels, side, side), layout, op)
+        for channels, side in shapes.RESNET50_PLANES
+        for layout in shapes.LAYOUTS
+        for op in ("bn", "bn_relu")
+    }
+    assert {group.dtype for group in first} == {"bfloat16"}
+    assert {group.baselines for group in first} == {("eager",)}
+    assert {group.directions for group in first} == {("forward", "backward")}
+    compiled = ["compile" in group.baselines for group in groups]
+    assert compiled == sorted(compiled), "torch.compile takes longest"
+    assert len({str(group) for group in groups}) == len(groups), "each has a name of its own"
 
 
 def test_a_gpu_that_is_not_there_is_one_sentence() -> None:

@@ -196,6 +196,46 @@ def test_layouts_are_what_their_names_say(sizes: tuple[int, ...]) -> None:
     assert candidates.in_layout(x, "channels_first").is_contiguous()
 
 
+# --- data ------------------------------------------------------------------------------------
+
+
+def test_data_of_a_seed_stay_what_they_are_on_the_cpu() -> None:
+    """Results of different versions are of the same numbers."""
+    case = group(dtype="bfloat16", layout="channels_last")
+    data = candidates.make_data(case, mean=3.0, seed=5)
+    random = torch.Generator().manual_seed(5)
+    assert torch.equal(data.x, (torch.randn(4, 6, 5, 5, generator=random) + 3).bfloat16())
+    assert data.x.is_contiguous(memory_format=torch.channels_last)
+    assert data.residual is not None
+    assert torch.equal(data.residual, torch.randn(4, 6, 5, 5, generator=random).bfloat16())
+
+
+def test_data_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would wait for the CPU's random numbers longer than for anything else."""
+    drawn: list[tuple[object, object]] = []
+
+    def spy(make: Any) -> Any:
+        def drawing(size: Any, generator: Any, device: Any) -> Tensor:
+            drawn.append((generator.device, device))
+            return make(size, device="meta")
+
+        return drawing
+
+    class Generator:
+        def __init__(self, device: str) -> None:
+            self.device = device
+
+        def manual_seed(self, seed: int) -> Generator:
+            return self
+
+    for name in ("randn", "rand"):
+        monkeypatch.setattr(torch, name, spy(getattr(torch, name)))
+    monkeypatch.setattr(torch, "Generator", Generator)
+    data = candidates.make_data(group(device="cuda"))
+    assert set(drawn) == {("cuda", "cuda")}
+    assert data.x.device == data.running_var.device == torch.device("meta"), "never copied"
+
+
 # --- correctness check -----------------------------------------------------------------------
 
 
@@ -239,7 +279,7 @@ def test_wrong_results_fail(monkeypatch: pytest.MonkeyPatch, maker: Any, where: 
 
 
 def test_a_channel_in_the_last_chunk_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "CHUNK", 100)  # one channel at a time
+    monkeypatch.setattr(check, "CPU_CHUNK", 100)  # one channel at a time
 
     def maker(case: shapes.Group, data: candidates.Data) -> tuple[nn.Module, candidates.Step]:
         module, step = candidates._eager(case, data)
@@ -254,6 +294,20 @@ def test_a_channel_in_the_last_chunk_is_checked(monkeypatch: pytest.MonkeyPatch)
     assert checked(OURS, group("bn")).ok
     monkeypatch.setitem(candidates.MAKERS, OURS, maker)
     assert not checked(OURS, group("bn")).ok
+
+
+def test_a_gpu_checks_in_few_parts() -> None:
+    """Each part is two hundred small kernels: of a large layer, half a second with the CPU's."""
+    big = group("bn", sizes=(128, 256, 56, 56), dtype="bfloat16")
+
+    def parts_of(x: Tensor) -> list[slice]:
+        return list(check._chunks(candidates.Data(*[x] * 3, *[torch.empty(256)] * 4)))
+
+    parts = parts_of(torch.empty(big.shape.sizes, device="meta"))
+    assert len(parts) < 10
+    assert len(parts_of(torch.empty(2, 256, 56, 56))) > 5, "the CPU's stay in its cache"
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+    assert (parts[0].start, parts[-1].stop) == (0, 256)
 
 
 def test_the_unstable_variance_fails_on_a_large_mean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,15 @@
-// The CUDA kernels on the emulated device, against the formulas in double precision.
+// The CUDA kernels against the formulas in double precision, on the device that the program is
+// linked with (kernels/device.h).
 //
-//   check_kernels [k/n] [seed] [dtype]
+//   check_kernels [--quiet] [k/n] [seed] [dtype]
 //
-// runs every n-th case from the k-th on, of one dtype if it is named, and prints what is wrong and
-// how many checks were done. The same seed gives the same data and order of threads again.
+// runs every n-th case from the k-th on, of one dtype if it is named. It prints each case before it
+// runs it (not with --quiet), what is wrong, and how many checks were done. The same seed gives the
+// same data again and, emulated, the same order of threads.
 #include <cstdio>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "kernels/against_formulas.h"
 #include "kernels/properties.h"
@@ -14,19 +17,28 @@
 namespace check {
 namespace {
 
-void run(const Case& c, std::uint64_t seed) {
+void check_case(const Case& c, std::uint64_t seed) {
   std::mt19937_64 random(seed);
-  emulation::set_seed(seed);
-  emulation::set_device(device_named(c.device));
+  set_order(seed);
+  Data data(c, random);
+  const Formulas formulas(c, data);
+  const bool has_variance = c.problem.per_channel() > 1;
+  if (has_variance) formulas.check_training();
+  formulas.check_inference();
+  if (has_variance) check_properties(c, data, random, seed);
+}
+
+void run(Case c, std::uint64_t seed, bool is_quiet) {
   try {
-    Data data(c, random);
-    const Formulas formulas(c, data);
-    const bool has_variance = c.problem.per_channel() > 1;
-    if (has_variance) formulas.check_training();
-    formulas.check_inference();
-    if (has_variance) check_properties(c, data, random, seed);
-  } catch (const emulation::Failure& failure) {
-    fail(c, "%s", failure.what());
+    const std::string reason = set_up(&c);
+    if (!reason.empty()) return skip(reason);
+    begin(c, is_quiet);
+    check_case(c, seed);
+  } catch (const DeviceLost& error) {
+    fail(c, "%s; the cases after it are not run", error.what());
+    finish();
+  } catch (const std::runtime_error& error) {
+    fail(c, "%s", error.what());
   }
 }
 
@@ -34,14 +46,18 @@ void run(const Case& c, std::uint64_t seed) {
 }  // namespace check
 
 int main(int argc, char** argv) {
-  const std::string part = argc > 1 ? argv[1] : "0/1";
+  std::vector<std::string> words(argv + 1, argv + argc);
+  const bool is_quiet = !words.empty() && words[0] == "--quiet";
+  if (is_quiet) words.erase(words.begin());
+  words.resize(3);
+  const std::string part = words[0].empty() ? "0/1" : words[0], dtype = words[2];
   const std::size_t k = std::stoul(part), n = std::stoul(part.substr(part.find('/') + 1));
-  const std::uint64_t seed = argc > 2 ? std::stoull(argv[2]) : 1;
-  const std::string dtype = argc > 3 ? argv[3] : "";
+  const std::uint64_t seed = words[1].empty() ? 1 : std::stoull(words[1]);
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // whatever ends the program, its lines are out
   const std::vector<check::Case> cases = check::all_cases();
   for (std::size_t i = k; i < cases.size(); i += n) {
     const char* const of_case = check::kDTypeNames[static_cast<int>(cases[i].problem.dtype)];
-    if (dtype.empty() || dtype == of_case) check::run(cases[i], seed + i);
+    if (dtype.empty() || dtype == of_case) check::run(cases[i], seed + i, is_quiet);
   }
   check::finish();
 }

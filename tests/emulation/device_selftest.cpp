@@ -1,5 +1,6 @@
 // What the emulated devices answer and refuse, as CUDA's documentation says of real ones.
 // Prints what was not as it should be; its last line is how many checks were done.
+#include <cstdint>
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -73,6 +74,20 @@ void test_attributes() {
   expect("no such attribute",
          cudaDeviceGetAttribute(&value, static_cast<cudaDeviceAttr>(100000), 0),
          cudaErrorInvalidValue);
+}
+
+void test_memory() {
+  void *address = nullptr, *none = &address;
+  expect("cudaMalloc", cudaMalloc(&address, 3), cudaSuccess);
+  expect("aligned", static_cast<int>(reinterpret_cast<std::uintptr_t>(address) % 256), 0);
+  expect("to", cudaMemcpy(address, "ab", 3, cudaMemcpyHostToDevice), cudaSuccess);
+  char back[3] = {};
+  expect("from", cudaMemcpy(back, address, 3, cudaMemcpyDeviceToHost), cudaSuccess);
+  expect("copied", std::string(back) == "ab", true);
+  expect("cudaFree", cudaFree(address), cudaSuccess);
+  expect("cudaMalloc of nothing", cudaMalloc(&none, 0), cudaSuccess);
+  expect("nothing", none == nullptr, true);
+  expect("cudaFree of nothing", cudaFree(none), cudaSuccess);
 }
 
 void test_dimensions() {
@@ -179,6 +194,7 @@ void test_copies() {
 
 int main() {
   test_attributes();
+  test_memory();
   test_dimensions();
   test_dynamic_shared();
   test_clusters();

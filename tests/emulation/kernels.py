@@ -17,6 +17,10 @@ from emulation.build import CACHE, HERE, ROOT, build
 
 CSRC = ROOT / "csrc"
 CHECKS = HERE / "check_kernels.cpp"
+# The two ways to run them (kernels/device.h): the second is for a GPU, and runs here, too.
+EMULATED_DEVICE = HERE / "emulated_device.cpp"
+REAL_DEVICE = HERE / "real_device.cpp"
+BROKEN_DEVICE = HERE / "broken_device.cpp"
 NO_KERNELS = HERE / "no_kernels.cpp"
 
 
@@ -44,12 +48,14 @@ Result = subprocess.CompletedProcess[str]
 Part = tuple[int, int]
 
 
-def sources(dtypes: Sequence[DType]) -> tuple[list[Path], dict[Path, list[str]]]:
-    """What the checks with the kernels of these dtypes are made of, and compile_args_of it."""
+def sources(
+    dtypes: Sequence[DType], device: Path = EMULATED_DEVICE
+) -> tuple[list[Path], dict[Path, list[str]]]:
+    """What the checks with these dtypes' kernels are made of, and arguments for some of it."""
     left_out = [dtype for dtype in DTYPES if dtype not in dtypes]
     unused = {f"kernels_{way}_{each.stem}" for each in left_out for way in ("forward", "backward")}
     found = [path for path in sorted((CSRC / "cuda").glob("*.cu")) if path.stem not in unused]
-    found = [CHECKS, CSRC / "core" / "plan_cuda.cpp", *found]
+    found = [CHECKS, device, CSRC / "core" / "plan_cuda.cpp", *found]
     if not left_out:
         return found, {}
     each = " ".join(f"DO({dtype.cpp})" for dtype in left_out)
@@ -57,17 +63,27 @@ def sources(dtypes: Sequence[DType]) -> tuple[list[Path], dict[Path, list[str]]]
 
 
 @functools.cache
-def program(flavour: str, dtypes: Sequence[DType] = DTYPES) -> Path:
-    """The checks, with the kernels of some dtypes. Only these may be asked for then."""
-    files, arguments = sources(dtypes)
-    name = "-".join(["check_kernels", *(dtype.name for dtype in dtypes)])
-    return build(flavour, files, CACHE / flavour / name, compile_args_of=arguments)
+def program(
+    flavour: str,
+    dtypes: Sequence[DType] = DTYPES,
+    device: Path = EMULATED_DEVICE,
+    more: Sequence[Path] = (),
+) -> Path:
+    """The checks, with the kernels of some dtypes. Only these may be asked for then.
+
+    `more` are sources besides.
+    """
+    files, arguments = sources(dtypes, device)
+    stems = (path.stem for path in (device, *more) if path != EMULATED_DEVICE)
+    name = "-".join(["check_kernels", *(dtype.name for dtype in dtypes), *stems])
+    output = CACHE / flavour / name
+    return build(flavour, [*files, *more], output, compile_args_of=arguments)
 
 
 def run(path: Path, part: Part, *more: str, timeout: float = 600) -> Result:
     """One part of the cases. `more`: seed and dtype."""
     return subprocess.run(
-        [str(path), "{}/{}".format(*part), *more],
+        [str(path), "--quiet", "{}/{}".format(*part), *more],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -22,7 +22,18 @@ from pathlib import Path
 from objects import CompileError, Missing, Task, compile_one, dependencies, jobs
 
 from emulation.build import CACHE, link, require_everything, tasks_of
-from emulation.kernels import CHECKS, CSRC, DTYPES, NO_KERNELS, DType, Part, program, run, sources
+from emulation.kernels import (
+    CHECKS,
+    CSRC,
+    DTYPES,
+    EMULATED_DEVICE,
+    NO_KERNELS,
+    DType,
+    Part,
+    program,
+    run,
+    sources,
+)
 from emulation.mistakes import MISTAKES, Mistake
 
 # Of the dtype's cases, how many are run before a mistake counts as not found.
@@ -66,7 +77,7 @@ def is_affected(task: Task, mistake: Mistake) -> bool:
     """Whether an object is to be made with the mistake. The checks themselves stay as they are."""
     name = task.source.stem
     file = CSRC / mistake.file
-    if task.source in (CHECKS, NO_KERNELS):
+    if task.source in (CHECKS, EMULATED_DEVICE, NO_KERNELS):
         return False
     if name.startswith("launch_") and file.stem in OF_KERNELS_ONLY:
         return False

@@ -31,12 +31,11 @@ class Formulas {
   void check_inference() const {
     const Training got = infer(c_, data_);
     const Tensor &y = got.y, &mean = got.mean, &invstd = got.invstd;
-    const cudaError_t error = cuda::eval_statistics(
-        data_.running_mean.values(), data_.running_var.values(), kEps, p_.c,
-        static_cast<double*>(mean.data()), static_cast<double*>(invstd.data()), nullptr);
-    ++checks;
-    if (error != cudaSuccess)
-      return fail(c_, "eval_statistics returned %d", static_cast<int>(error));
+    const cudaError_t error = call([&] {
+      return cuda::eval_statistics(data_.running_mean.values(), data_.running_var.values(), kEps,
+                                   p_.c, mean.device_doubles(), invstd.device_doubles(), nullptr);
+    });
+    if (!expect_success(c_, "eval_statistics", error)) return;
     for (std::int64_t k = 0; k < p_.c; ++k) {
       const double wanted = 1 / std::sqrt(data_.running_var[k] + kEps);
       expect_near(c_, "eval mean", k, mean[k], data_.running_mean[k], 0);
@@ -73,7 +72,7 @@ class Formulas {
   void check_statistics(const Training& got) const {
     std::vector<double> means, variances;
     measure(&means, &variances);
-    expect_near(c_, "num_batches_tracked", 0, static_cast<double>(got.batches),
+    expect_near(c_, "num_batches_tracked", 0, static_cast<double>(got.batches.value()),
                 static_cast<double>(kBatchesBefore + (c_.bare ? 0 : 1)), 0);
     for (std::int64_t k = 0; k < p_.c; ++k) {
       const double v = variances[k];
@@ -136,7 +135,7 @@ class Formulas {
       const unsigned kept = was_dropped(c_.activation, got.y[i]) ? 0 : 1;
       wanted[bit / 8] = static_cast<unsigned char>(wanted[bit / 8] | kept << bit % 8);
     }
-    expect(c_, std::memcmp(wanted.data(), mask.data(), wanted.size()) == 0,
+    expect(c_, std::memcmp(wanted.data(), mask.host(), wanted.size()) == 0,
            "the mask has the elements that were kept");
   }
 

@@ -56,7 +56,7 @@ struct Data {
 struct Training {
   Tensor y, mean, invstd, running_mean, running_var;
   Buffer mask;
-  std::int64_t batches;
+  Counter batches;
 
   explicit Training(const Case& c)
       : y(elements(c)),
@@ -69,7 +69,7 @@ struct Training {
 
   bool is_intact() const {
     return y.is_intact() && mean.is_intact() && invstd.is_intact() && running_mean.is_intact() &&
-           running_var.is_intact() && mask.guards_are_intact();
+           running_var.is_intact() && mask.guards_are_intact() && batches.is_intact();
   }
   bool is_same_as(const Training& other) const {
     return y.buffer().is_same_as(other.y.buffer()) &&
@@ -77,11 +77,11 @@ struct Training {
            invstd.buffer().is_same_as(other.invstd.buffer()) &&
            running_mean.buffer().is_same_as(other.running_mean.buffer()) &&
            running_var.buffer().is_same_as(other.running_var.buffer()) &&
-           mask.is_same_as(other.mask) && batches == other.batches;
+           mask.is_same_as(other.mask) && batches.value() == other.batches.value();
   }
   bool kept(const Case& c, std::int64_t i) const {
     const std::int64_t bit = c.mask_bit(i);
-    return (mask.data()[bit / 8] >> bit % 8 & 1) != 0;
+    return (mask.host()[bit / 8] >> bit % 8 & 1) != 0;
   }
 };
 
@@ -121,33 +121,31 @@ template <typename Call, typename Make>
 void make(const Case& c, const char* what, const Call& call, const Make& launch) {
   const CudaPlan plan = plan_cuda(cuda::request_of(call), limits(), c.forced);
   const Buffer workspace(plan.workspace_bytes);
-  const cudaError_t error = launch(plan, workspace.data());
-  ++checks;
-  if (error != cudaSuccess) fail(c, "%s returned %d", what, static_cast<int>(error));
+  expect_success(c, what, check::call([&] { return launch(plan, workspace.device()); }));
   expect(c, workspace.guards_are_intact(), "the workspace is as large as planned");
 }
 
 inline ForwardTrain training_call(const Case& c, const Data& data, Training* to) {
   ForwardTrain call = {};
   call.problem = c.problem;
-  call.x = data.x.data();
-  call.residual = c.residual ? data.residual.data() : nullptr;
-  call.y = to->y.data();
-  call.mask = c.masked() ? to->mask.data() : nullptr;
+  call.x = data.x.device();
+  call.residual = c.residual ? data.residual.device() : nullptr;
+  call.y = to->y.device();
+  call.mask = c.masked() ? to->mask.device() : nullptr;
   if (!c.bare) {
     call.weight = data.weight.values();
     call.bias = data.bias.values();
     call.running.mean = to->running_mean.values();
     call.running.var = to->running_var.values();
-    call.running.num_batches_tracked = &to->batches;
+    call.running.num_batches_tracked = to->batches.device();
   }
   call.running.momentum = kMomentum;
   call.running.cumulative_average = c.cumulative;
   call.eps = kEps;
   call.activation = c.activation;
   call.activation_param = parameter_of(c.activation);
-  call.mean = static_cast<double*>(to->mean.data());
-  call.invstd = static_cast<double*>(to->invstd.data());
+  call.mean = to->mean.device_doubles();
+  call.invstd = to->invstd.device_doubles();
   return call;
 }
 
@@ -168,9 +166,9 @@ inline Training train(const Case& c, const Data& data, bool skip_nonfinite = fal
 inline Training infer(const Case& c, const Data& data) {
   Training to(c);
   const ForwardEval call{c.problem,
-                         data.x.data(),
-                         c.residual ? data.residual.data() : nullptr,
-                         to.y.data(),
+                         data.x.device(),
+                         c.residual ? data.residual.device() : nullptr,
+                         to.y.device(),
                          c.bare ? ChannelValues{} : data.weight.values(),
                          c.bare ? ChannelValues{} : data.bias.values(),
                          data.running_mean.values(),
@@ -178,7 +176,7 @@ inline Training infer(const Case& c, const Data& data) {
                          kEps,
                          c.activation,
                          parameter_of(c.activation),
-                         c.masked() ? to.mask.data() : nullptr};
+                         c.masked() ? to.mask.device() : nullptr};
   make(c, "forward_eval", call,
        [&](const CudaPlan& plan, void*) { return cuda::forward_eval(call, plan, nullptr); });
   expect(c, to.is_intact(), "forward_eval writes its outputs and nothing else");
@@ -191,19 +189,19 @@ inline Backward gradient_call(const Case& c, const Data& data, const Tensor& mea
                               const Needs& needs, Gradients* to) {
   const bool recomputes = c.residual && !mask && c.activation != Activation::kIdentity;
   return {c.problem,
-          data.dy.data(),
-          data.x.data(),
-          recomputes ? data.residual.data() : nullptr,
-          mask ? mask->data() : nullptr,
+          data.dy.device(),
+          data.x.device(),
+          recomputes ? data.residual.device() : nullptr,
+          mask ? mask->device() : nullptr,
           c.bare ? ChannelValues{} : data.weight.values(),
           c.bare ? ChannelValues{} : data.bias.values(),
-          static_cast<const double*>(mean.data()),
-          static_cast<const double*>(invstd.data()),
+          mean.device_doubles(),
+          invstd.device_doubles(),
           training,
           c.activation,
           parameter_of(c.activation),
-          needs.dx ? to->dx.data() : nullptr,
-          needs.dresidual ? to->dresidual.data() : nullptr,
+          needs.dx ? to->dx.device() : nullptr,
+          needs.dresidual ? to->dresidual.device() : nullptr,
           needs.dweight ? to->dweight.values() : ChannelValues{},
           needs.dbias ? to->dbias.values() : ChannelValues{}};
 }

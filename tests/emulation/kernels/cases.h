@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "core/activation.h"
 #include "core/plan_cuda.h"
-#include "emulation.h"
 #include "values.h"
 
 namespace check {
@@ -23,7 +23,7 @@ struct Case {
   DType parameters;     // of the per-channel values
   std::int64_t stride;  // of the per-channel values
   CudaPlanOverride forced;
-  std::string device;
+  std::string device;  // the emulated one
 
   bool masked() const { return residual && is_piecewise_linear(activation); }
   std::int64_t channel_of(std::int64_t i) const {
@@ -130,15 +130,6 @@ inline std::vector<Case> all_cases() {
     }
   }
   return cases;
-}
-
-inline emulation::Device device_named(const std::string& name) {
-  emulation::Device device = name == "turing"   ? emulation::Device::turing()
-                             : name == "ampere" ? emulation::Device::ampere()
-                                                : emulation::Device{};
-  device.multiprocessors = 3;                       // a grid of all of it is still small
-  if (name == "ampere") device.l2_bytes = 1 << 10;  // too small for what is written
-  return device;
 }
 
 }  // namespace check

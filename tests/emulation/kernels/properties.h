@@ -15,7 +15,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline void check_determinism(const Case& c, const Data& data, std::uint64_t seed) {
   const Training one = train(c, data);
   const Gradients of_one = differentiate(c, data, one);
-  emulation::set_seed(~seed);
+  set_order(~seed);
   const Training other = train(c, data);
   expect(c, one.is_same_as(other), "forward_train gives the same bits in every order");
   expect(c, of_one.is_same_as(differentiate(c, data, other)),
@@ -126,8 +126,6 @@ inline void check_constant_channel(const Case& c, Data& data, std::int64_t chann
   expect(c, is_exact, "a constant channel is the bias, and dropped at a bound");
 }
 
-inline double* doubles(const Tensor& values) { return static_cast<double*>(values.data()); }
-
 // This data as that of two ranks, with a third that has none between them: what they have together
 // is what one has, but for the count.
 class Ranks {
@@ -141,7 +139,7 @@ class Ranks {
         one_(train(c, data)) {}
 
   void check_statistics() const {
-    const Tensor parts(DType::kDouble, 3 * width_);
+    Tensor parts(DType::kDouble, 3 * width_);
     Training to(c_);
     to.running_mean.copy_from(data_.running_mean);
     to.running_var.copy_from(data_.running_var);
@@ -150,29 +148,38 @@ class Ranks {
     call.y = nullptr;
     call.mask = nullptr;
     call.running = {};
-    call.mean = doubles(parts);
+    call.mean = parts.device_doubles();
     call.invstd = nullptr;
-    call.m2 = doubles(parts) + channels_;
+    call.m2 = parts.device_doubles() + channels_;
     make(c_, "statistics alone", call, [&](const CudaPlan& plan, void* workspace) {
       return cuda::forward_train(call, plan, workspace, nullptr);
     });
-    doubles(parts)[2 * channels_] = n_;
-    std::memset(doubles(parts) + width_, 0, static_cast<std::size_t>(width_) * sizeof(double));
-    std::memcpy(doubles(parts) + 2 * width_, doubles(parts),
-                static_cast<std::size_t>(width_) * sizeof(double));
+    parts.put(2 * channels_, n_);
+    for (std::int64_t i = 0; i < width_; ++i) {
+      parts.put(width_ + i, 0);
+      parts.put(2 * width_ + i, parts[i]);
+    }
     const Tensor var(DType::kDouble, channels_), count(DType::kDouble, 1);
-    run("combine_moments",
-        cuda::combine_moments({3, channels_, doubles(parts), running, kEps, doubles(to.mean),
-                               doubles(var), doubles(to.invstd), doubles(count)},
-                              nullptr));
+    const CombineMoments all{3,
+                             channels_,
+                             parts.device_doubles(),
+                             running,
+                             kEps,
+                             to.mean.device_doubles(),
+                             var.device_doubles(),
+                             to.invstd.device_doubles(),
+                             count.device_doubles()};
+    expect_success(c_, "combine_moments",
+                   check::call([&] { return cuda::combine_moments(all, nullptr); }));
     expect(c_, to.is_intact() && var.is_intact() && count.is_intact(), "it writes nothing else");
     expect_near(c_, "count of all", 0, count[0], 2 * n_, 0);
     const bool counts = running.num_batches_tracked != nullptr;
-    expect(c_, to.batches == one_.batches, "the counter goes up by one");
+    const std::int64_t batches = to.batches.value();
+    expect(c_, batches == one_.batches.value(), "the counter goes up by one");
     const double momentum =
-        counts && c_.cumulative ? 1.0 / static_cast<double>(to.batches) : kMomentum;
+        counts && c_.cumulative ? 1.0 / static_cast<double>(batches) : kMomentum;
     for (std::int64_t k = 0; k < channels_; ++k) {
-      const double m2 = 2 * doubles(parts)[channels_ + k];
+      const double m2 = 2 * parts[channels_ + k];
       expect_near(c_, "mean of all", k, to.mean[k], one_.mean[k], 1e-5 * std::fabs(one_.mean[k]));
       expect_near(c_, "invstd of all", k, to.invstd[k], one_.invstd[k], 1e-5 * one_.invstd[k]);
       expect_near(c_, "variance of all", k, var[k], m2 / (2 * n_), 1e-12 * var[k]);
@@ -184,16 +191,16 @@ class Ranks {
   }
 
   void check_gradients() const {
-    const Tensor totals(DType::kDouble, width_);
+    Tensor totals(DType::kDouble, width_);
     Gradients one(c_), all(c_);
     Backward call = backward_call(&one);
-    call.dweight = {totals.data(), DType::kDouble, 1};
-    call.dbias = {doubles(totals) + channels_, DType::kDouble, 1};
+    call.dweight = {totals.device(), DType::kDouble, 1};
+    call.dbias = {totals.device_doubles() + channels_, DType::kDouble, 1};
     launch("sums", call);
-    for (std::int64_t i = 0; i < 2 * channels_; ++i) doubles(totals)[i] *= 2;
-    doubles(totals)[2 * channels_] = 2 * n_;
+    for (std::int64_t i = 0; i < 2 * channels_; ++i) totals.put(i, 2 * totals[i]);
+    totals.put(2 * channels_, 2 * n_);
     call = backward_call(&all);
-    call.totals = doubles(totals);
+    call.totals = totals.device_doubles();
     launch("backward with totals", call);
     double largest = 0;
     for (std::int64_t i = 0; i < c_.problem.numel(); ++i) {
@@ -206,10 +213,6 @@ class Ranks {
   }
 
  private:
-  void run(const char* what, cudaError_t error) const {
-    ++checks;
-    if (error != cudaSuccess) fail(c_, "%s returned %d", what, static_cast<int>(error));
-  }
   void launch(const char* what, const Backward& call) const {
     make(c_, what, call, [&](const CudaPlan& plan, void* workspace) {
       return cuda::backward(call, plan, workspace, nullptr);

@@ -1,13 +1,15 @@
 // What the kernels are given to read and write, in memory that notices what they should not touch.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
 #include "core/types.h"
-#include "cuda/cell.cuh"
+#include "device.h"
 
 namespace check {
 
@@ -22,16 +24,14 @@ inline double get(const void* data, DType dtype, std::int64_t i) {
     case DType::kDouble:
       return static_cast<const double*>(data)[i];
     case DType::kBFloat16:
-      return cuda::widen(static_cast<const BFloat16*>(data)[i]);
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
     default:
-      return cuda::widen(static_cast<const Half*>(data)[i]);
+      return __half2float(static_cast<const __half*>(data)[i]);
   }
 }
 
 inline void set(void* data, DType dtype, std::int64_t i, double value) {
   const float rounded = static_cast<float>(value);
-  BFloat16 bf16[2];
-  Half half[2];
   switch (dtype) {
     case DType::kFloat:
       static_cast<float*>(data)[i] = rounded;
@@ -40,12 +40,10 @@ inline void set(void* data, DType dtype, std::int64_t i, double value) {
       static_cast<double*>(data)[i] = value;
       return;
     case DType::kBFloat16:
-      cuda::narrow(rounded, rounded, bf16);
-      static_cast<BFloat16*>(data)[i] = bf16[0];
+      static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(rounded);
       return;
     default:
-      cuda::narrow(rounded, rounded, half);
-      static_cast<Half*>(data)[i] = half[0];
+      static_cast<__half*>(data)[i] = __float2half_rn(rounded);
   }
 }
 
@@ -77,29 +75,45 @@ class Buffer {
       : bytes_(static_cast<std::size_t>(bytes)),
         all_(2 * kGuard + static_cast<std::size_t>(shift) + bytes_),
         begin_(kGuard + static_cast<std::size_t>(shift)),
-        memory_(static_cast<unsigned char*>(std::malloc(all_ > 0 ? all_ : 1))) {
-    std::memset(memory_.get(), kUnwritten, all_);
+        memory_(std::make_unique<Memory>(all_)) {
+    std::memset(memory_->host(), kUnwritten, all_);
   }
 
-  unsigned char* data() const { return memory_.get() + begin_; }
+  unsigned char* host() const { return memory_->host() + begin_; }
+  unsigned char* device() const { return memory_->device() + begin_; }
   std::int64_t bytes() const { return static_cast<std::int64_t>(bytes_); }
   bool guards_are_intact() const {
     for (std::size_t i = 0; i < all_; ++i) {
       const bool is_guard = i < begin_ || i >= begin_ + bytes_;
-      if (is_guard && memory_.get()[i] != kUnwritten) return false;
+      if (is_guard && memory_->host()[i] != kUnwritten) return false;
     }
     return true;
   }
   bool is_same_as(const Buffer& other) const {
-    return bytes_ == other.bytes_ && std::memcmp(data(), other.data(), bytes_) == 0;
+    return bytes_ == other.bytes_ && std::memcmp(host(), other.host(), bytes_) == 0;
   }
 
  private:
-  struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
-  };
   std::size_t bytes_, all_, begin_;
-  std::unique_ptr<unsigned char, Free> memory_;
+  std::unique_ptr<Memory> memory_;
+};
+
+// An integer that kernels count with.
+class Counter {
+ public:
+  explicit Counter(std::int64_t value) : buffer_(sizeof(value)) {
+    std::memcpy(buffer_.host(), &value, sizeof(value));
+  }
+  std::int64_t value() const {
+    std::int64_t value;
+    std::memcpy(&value, buffer_.host(), sizeof(value));
+    return value;
+  }
+  std::int64_t* device() const { return reinterpret_cast<std::int64_t*>(buffer_.device()); }
+  bool is_intact() const { return buffer_.guards_are_intact(); }
+
+ private:
+  Buffer buffer_;
 };
 
 // Elements of a dtype, `stride` apart; `shift` elements off an aligned address.
@@ -112,26 +126,27 @@ class Tensor {
         buffer_((count > 0 ? (count - 1) * stride + 1 : 0) * size_of(dtype),
                 shift * size_of(dtype)) {}
 
-  void* data() const { return buffer_.data(); }
-  double operator[](std::int64_t i) const { return get(data(), dtype_, i * stride_); }
-  void put(std::int64_t i, double value) { set(data(), dtype_, i * stride_, value); }
+  void* device() const { return buffer_.device(); }
+  double* device_doubles() const { return static_cast<double*>(device()); }
+  double operator[](std::int64_t i) const { return get(buffer_.host(), dtype_, i * stride_); }
+  void put(std::int64_t i, double value) { set(buffer_.host(), dtype_, i * stride_, value); }
   std::int64_t count() const { return count_; }
   const Buffer& buffer() const { return buffer_; }
-  ChannelValues values() const { return {data(), dtype_, stride_}; }
+  ChannelValues values() const { return {device(), dtype_, stride_}; }
 
   void copy_from(const Tensor& other) {
-    std::memcpy(data(), other.data(), static_cast<std::size_t>(buffer_.bytes()));
+    std::memcpy(buffer_.host(), other.buffer_.host(), static_cast<std::size_t>(buffer_.bytes()));
   }
   bool is_same_at(std::int64_t i, const Tensor& other) const {
     const auto size = static_cast<std::size_t>(size_of(dtype_));
     const std::size_t at = static_cast<std::size_t>(i * stride_) * size;
-    return std::memcmp(buffer_.data() + at, other.buffer_.data() + at, size) == 0;
+    return std::memcmp(buffer_.host() + at, other.buffer_.host() + at, size) == 0;
   }
   // Nothing around it was written, nor between its elements.
   bool is_intact() const {
     const std::int64_t size = size_of(dtype_);
     for (std::int64_t at = 0; stride_ > 1 && at < buffer_.bytes(); ++at) {
-      if (at / size % stride_ != 0 && buffer_.data()[at] != kUnwritten) return false;
+      if (at / size % stride_ != 0 && buffer_.host()[at] != kUnwritten) return false;
     }
     return buffer_.guards_are_intact();
   }

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 
 #include "emulation.h"
@@ -221,6 +222,20 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   attributes->binaryVersion = device.compute_major * 10 + device.compute_minor;
   attributes->ptxVersion = attributes->binaryVersion;
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(function.dynamic_shared_limit);
+  return cudaSuccess;
+}
+
+// The host's memory, aligned as a device's.
+cudaError_t cudaMalloc(void** address, std::size_t bytes) {
+  constexpr std::size_t kAlignment = 256;
+  const std::size_t whole = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  *address = bytes > 0 ? std::aligned_alloc(kAlignment, whole) : nullptr;
+  const bool failed = bytes > 0 && !*address;
+  return failed ? emulation::record(cudaErrorMemoryAllocation) : cudaSuccess;
+}
+
+cudaError_t cudaFree(void* address) {
+  std::free(address);
   return cudaSuccess;
 }
 
