@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from benchmarks.gpu import emulated, journal, missing, test_limit
+from benchmarks.gpu import emulated, journal, missing, time_limit
 
 #: Seconds of one test; the first calls of a compiler are among them.
 LIMIT_S = 45
@@ -60,7 +60,7 @@ def arguments(what: str) -> list[str]:
 def bounded(limit: float, workers: int) -> list[str]:
     """Arguments for a time of each test; what it ends goes on in another process of xdist, if
     that is there. Test by test, since a file is too much for one worker."""
-    words = ["-p", test_limit.NAME, test_limit.OPTION, str(limit)]
+    words = ["-p", time_limit.NAME, time_limit.OPTION, str(limit)]
     if importlib.util.find_spec("xdist"):
         words += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "6"]
     return words

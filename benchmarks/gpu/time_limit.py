@@ -14,7 +14,7 @@ from typing import TextIO
 
 import pytest
 
-NAME = "benchmarks.gpu.test_limit"
+NAME = "benchmarks.gpu.time_limit"
 OPTION = "--test-limit"
 #: What says where the test was: it is not captured with the test's output.
 TRACES = pytest.StashKey[TextIO]()
