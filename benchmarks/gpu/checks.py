@@ -43,7 +43,7 @@ def build() -> int:
 def run(part: str = "0/1") -> int:
     """The exit status. Of all cases every n-th from the k-th on."""
     if emulated.WANTED:
-        command = [_emulated_program(), part, "1", EMULATED_DTYPE]
+        command: list[Path | str] = [_emulated_program(), part, "1", EMULATED_DTYPE]
     elif PROGRAM.exists():
         command = [PROGRAM, part]
     else:
