@@ -48,7 +48,8 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 comma := ,
 
 .PHONY: help build cuda-environment cuda-install test test-slow versions test-emulated emulation emulation-coverage mutants sanitize benchmark \
-        benchmark-smoke why-batch-norm lint format typecheck docs nvcc-check gpu-check clean
+        benchmark-smoke why-batch-norm lint format typecheck docs nvcc-check gpu-check gpu-check-emulated \
+        clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -188,8 +189,11 @@ benchmark-smoke: $(BUILT) $(STAMPS)/bench  ## the smallest run that exercises th
 
 # With the python3 and the torch of that machine: $(VENV) is not touched.
 OUT ?= build/gpu-check
-gpu-check:  ## on a machine with a GPU: build, tests and benchmark there, output in OUT=folder
-	PATH="$${PATH#$(VENV)/bin:}" bash .ci/gpu-check '$(OUT)'
+gpu-check:  ## on a machine with a GPU: build, checks, times and tests there; what it finds in OUT=folder
+	PATH="$${PATH#$(VENV)/bin:}" $(PYTHON) -m benchmarks.gpu run '$(OUT)'
+
+gpu-check-emulated: $(BUILT) $(STAMPS)/test+bench  ## the same without a GPU, each step at its smallest
+	$(PY) -m benchmarks.gpu run '$(OUT)-emulated' --emulated --limit 3600
 
 # ---- check -------------------------------------------------------------------------------------
 

@@ -74,6 +74,7 @@ def plan_cuda(
     slots: int | None = None,
     unit_channels: int | None = None,
     units_at_once: int | None = None,
+    stream_stores: bool | None = None,
 ) -> CudaPlan: ...
 def force_cuda_plan(
     *,
@@ -83,4 +84,5 @@ def force_cuda_plan(
     slots: int | None = None,
     unit_channels: int | None = None,
     units_at_once: int | None = None,
+    stream_stores: bool | None = None,
 ) -> None: ...

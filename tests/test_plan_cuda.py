@@ -464,6 +464,7 @@ FORCED: dict[str, list[Any]] = {
     "slots": [0, 1, 5, 1000],
     "unit_channels": [1, 8, 20, 512, 2048, 100_000],
     "units_at_once": [1, 2, 7, 1000],
+    "stream_stores": [False, True],
 }
 
 
@@ -483,7 +484,8 @@ def could_follow(call: Call, plan: _C.CudaPlan, strategy: str) -> bool:
 def followed(call: Call, plan: _C.CudaPlan, forced: dict[str, Any]) -> dict[str, bool]:
     """Each field is as prescribed, or there is a reason why it is not."""
     free, device = call.plan(), DEVICES[call.device]
-    rules = {}
+    too_large = plan["compulsory_bytes"] > device["l2"]
+    rules = {"stream_stores": plan["stream_stores"] == forced.get("stream_stores", too_large)}
     if "strategy" in forced:
         wanted = forced["strategy"]
         rules["strategy"] = (plan["strategy"] == wanted) == could_follow(call, plan, wanted)

@@ -82,19 +82,21 @@ inline DeviceLimits device_from(const py::object& device) {
 // Writes the fields that are given.
 inline void prescribe(CudaPlanOverride* forced, const Name& strategy, const Name& access,
                       std::optional<int> team, std::optional<int> slots, Count unit_channels,
-                      Count units_at_once) {
+                      Count units_at_once, std::optional<bool> stream_stores) {
   if (strategy) forced->strategy = index_of(*strategy, kStrategyNames, "strategy");
   if (access) forced->access = index_of(*access, kAccessNames, "access");
   if (team) forced->team = *team;
   if (slots) forced->slots = *slots;
   if (unit_channels) forced->unit_channels = *unit_channels;
   if (units_at_once) forced->units_at_once = *units_at_once;
+  if (stream_stores) forced->stream_stores = *stream_stores;
 }
 
 inline void force_cuda_plan(const Name& strategy, const Name& access, std::optional<int> team,
-                            std::optional<int> slots, Count unit_channels, Count units_at_once) {
+                            std::optional<int> slots, Count unit_channels, Count units_at_once,
+                            std::optional<bool> stream_stores) {
   CudaPlanOverride forced;
-  prescribe(&forced, strategy, access, team, slots, unit_channels, units_at_once);
+  prescribe(&forced, strategy, access, team, slots, unit_channels, units_at_once, stream_stores);
   cuda_plan_override() = forced;
 }
 
@@ -122,14 +124,15 @@ inline py::dict cuda_plan(const std::string& layout, const std::string& dtype, s
                           const py::object& device, std::optional<bool> reduces, bool cumulative,
                           bool aligned, bool residual, bool masked, int outputs,
                           const Name& strategy, const Name& access, std::optional<int> team,
-                          std::optional<int> slots, Count unit_channels, Count units_at_once) {
+                          std::optional<int> slots, Count unit_channels, Count units_at_once,
+                          std::optional<bool> stream_stores) {
   const Problem problem = problem_from(layout, dtype, n, c, s);
   const Pass pass = pass_from(op);
   const CudaRequest request{problem,    pass,    reduces.value_or(pass != Pass::kEval),
                             cumulative, aligned, residual,
                             masked,     outputs};
   CudaPlanOverride forced = cuda_plan_override();
-  prescribe(&forced, strategy, access, team, slots, unit_channels, units_at_once);
+  prescribe(&forced, strategy, access, team, slots, unit_channels, units_at_once, stream_stores);
   return dict_of(plan_cuda(request, device_from(device), forced));
 }
 
@@ -142,10 +145,12 @@ inline void define_cuda_plans(py::module_& m) {
         py::arg("residual") = false, py::arg("masked") = false, py::arg("outputs") = 1,
         py::arg("strategy") = none, py::arg("access") = none, py::arg("team") = none,
         py::arg("slots") = none, py::arg("unit_channels") = none, py::arg("units_at_once") = none,
-        "How a CUDA call would be cut into work (core/plan_cuda.h). The last six prescribe.");
+        py::arg("stream_stores") = none,
+        "How a CUDA call would be cut into work (core/plan_cuda.h). The last seven prescribe.");
   m.def("force_cuda_plan", &force_cuda_plan, py::kw_only(), py::arg("strategy") = none,
         py::arg("access") = none, py::arg("team") = none, py::arg("slots") = none,
         py::arg("unit_channels") = none, py::arg("units_at_once") = none,
+        py::arg("stream_stores") = none,
         "Prescribe fields of all CUDA plans from now on; without arguments, none.");
 }
 

@@ -329,7 +329,8 @@ struct Planner {
     plan.workspace_bytes = workspace_bytes(plan);
     predict(&plan);
     // What would not stay in the second-level cache anyway should not drive out what is read again.
-    plan.stream_stores = plan.compulsory_bytes > device.l2;
+    plan.stream_stores =
+        forced.stream_stores < 0 ? plan.compulsory_bytes > device.l2 : forced.stream_stores > 0;
     return plan;
   }
 };

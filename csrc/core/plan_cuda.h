@@ -88,6 +88,7 @@ struct CudaPlanOverride {
   int slots = -1;
   std::int64_t unit_channels = -1;
   std::int64_t units_at_once = -1;
+  int stream_stores = -1;
 };
 
 // By the problem alone, since the mask that forward writes is laid out as backward reads it: the
