@@ -104,7 +104,8 @@ def table(emulated: bool) -> list[list[Step]]:
     timings, tests = "benchmarks.gpu.timings", "benchmarks.gpu.tests"
     # Of the program that checks the kernels: every n-th case from the k-th on.
     cases, sanitized = ("0/2000", "0/2000") if emulated else ("0/1", "0/20")
-    preset = ("smoke", "--budget", "1") if emulated else ("gpu", "--device", "cuda", "--md")
+    one_group = ("--op", "bn", "--layout", "channels_last", "--shape", "2x512x7x7")
+    preset = ("smoke", *one_group) if emulated else ("gpu", "--device", "cuda", "--md")
     against_torch = ("train", "--experiment", "against-torch", "--device", "cuda")
     stages = [
         _build(emulated),
@@ -115,12 +116,12 @@ def table(emulated: bool) -> list[list[Step]]:
         [Step("peers", python(timings, "peers", again=True), 50)],
         # Nothing is timed here.
         [
-            Step("tests", python(tests, "first"), 75),
+            Step("tests", python(tests, "first"), 90),
             _sanitized("memcheck", sanitized),
             _sanitized("racecheck", sanitized),
         ],
         [Step("cases", python(tests, "cases"), 100)],
-        [Step("compiled peers", python(timings, "compiled", again=True), 60)],
+        [Step("compiled peers", python(timings, "compiled", again=True), 75)],
         [Step("kernels", python("benchmarks", "kernels"), 45, gpu=True)],
         [
             Step(
