@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import which
 
+import setup_cuda
 from benchmarks.gpu import launch, missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,12 @@ class Step:
         if self.gpu and not missing.has_gpu():
             absent.append("GPU")
         return f"no {' and no '.join(absent)}" if absent else ""
+
+
+def find_tools() -> None:
+    """Puts the toolkit's programs on PATH, behind what is there: nvcc is found without it."""
+    if toolkit := setup_cuda.find_toolkit():
+        os.environ["PATH"] += f":{toolkit.home / 'bin'}"
 
 
 def python(module: str, *arguments: str, again: bool = False) -> tuple[str, ...]:
@@ -95,6 +103,7 @@ def _sanitized(tool: str, cases: str) -> Step:
         ),
         60,
         tools=("compute-sanitizer",),
+        gpu=True,
     )
 
 
