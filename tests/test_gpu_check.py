@@ -24,7 +24,7 @@ import torch
 
 import setup_cuda
 from batchnorm_ext import _C
-from benchmarks import shapes
+from benchmarks import graphs, shapes
 from benchmarks.gpu import device, journal, missing, native, profile, run, steps, summary, tensors
 from benchmarks.gpu import tests as test_step
 from benchmarks.gpu import timings as timing_step
@@ -665,6 +665,41 @@ def test_a_plan_that_is_not_another_is_timed_once(
     lines = journal.read(tmp_path / journal.FILE)[0]
     assert {line["candidate"] for line in lines} == {"planned", "streaming", "copy"}
     assert lines[0]["plan"]["strategy"] == "single_pass"
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("Tesla T4", "t4"),
+     ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA Nothing 1", None)],
+)  # fmt: skip
+def test_the_plans_of_the_device_at_hand(name: str, known: str | None) -> None:
+    assert device.limits_of(name) == (_C.cuda_devices()[known] if known else None)
+
+
+def test_the_time_of_a_call_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the clock is one that counts what is put between its events."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            assert self.at > 0
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def replay() -> None:
+        clock[0] += 30.0  # milliseconds
+
+    monkeypatch.setattr(graphs, "capture", lambda calls: (replay, 10 * len(calls)))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gpu = device.Gpu.__new__(device.Gpu)
+    assert gpu.prepare([lambda: None, lambda: None])() == pytest.approx(30e-3 / 20)
 
 
 def test_every_tensor_has_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
