@@ -38,6 +38,7 @@ PLAN: dict[str, list[Any]] = {
     "slots": [None, 0, 1, 3],
     "unit_channels": [None, 8, 24, 64],
     "units_at_once": [None, 1, 2],
+    "stream_stores": [None, True],
 }
 #: Any three of these and the plan's fields ...
 CUT: dict[str, list[Any]] = {

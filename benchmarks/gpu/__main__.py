@@ -28,6 +28,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.command == "summary":
         return summary.main(arguments.folder)
+    steps.find_tools()
     names = [name for name in arguments.only.split(",") if name]
     stages = steps.only(steps.table(arguments.emulated), names)
     check = run.Check(arguments.out.resolve(), steps.WORK, arguments.limit, arguments.emulated)

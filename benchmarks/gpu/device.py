@@ -6,6 +6,7 @@ Whoever imports this has torch and batchnorm_ext, with the CUDA kernels behind i
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,13 @@ from benchmarks.gpu import emulated, missing
 Calls = Sequence[Callable[[], object]]
 #: Seconds of one call, of a set that was prepared.
 Timed = Callable[[], float]
+
+
+def limits_of(name: str) -> _C.CudaDevice | None:
+    """Those of the device that the driver calls so, if plans are known for it."""
+    words = re.split(r"[\s-]+", re.sub(r"rtx\s+", "rtx", name.lower()))
+    known = _C.cuda_devices()
+    return next((known[word] for word in words if word in known), None)
 
 
 class Emulated:
@@ -58,9 +66,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.cache_bytes = environment.cache_bytes("cuda")
-        known = _C.cuda_devices()
-        words = torch.cuda.get_device_name().lower().replace("-", " ").split()
-        self.limits = next((known[word] for word in words if word in known), None)
+        self.limits = limits_of(torch.cuda.get_device_name())
 
     def describe(self) -> dict[str, Any]:
         """For the journal."""

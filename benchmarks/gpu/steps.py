@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import which
 
+import setup_cuda
 from benchmarks.gpu import launch, missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +41,12 @@ class Step:
         if self.gpu and not missing.has_gpu():
             absent.append("GPU")
         return f"no {' and no '.join(absent)}" if absent else ""
+
+
+def find_tools() -> None:
+    """Puts the toolkit's programs on PATH, behind what is there: nvcc is found without it."""
+    if toolkit := setup_cuda.find_toolkit():
+        os.environ["PATH"] += f":{toolkit.home / 'bin'}"
 
 
 def python(module: str, *arguments: str, again: bool = False) -> tuple[str, ...]:
@@ -95,6 +103,7 @@ def _sanitized(tool: str, cases: str) -> Step:
         ),
         60,
         tools=("compute-sanitizer",),
+        gpu=True,
     )
 
 
@@ -104,7 +113,8 @@ def table(emulated: bool) -> list[list[Step]]:
     timings, tests = "benchmarks.gpu.timings", "benchmarks.gpu.tests"
     # Of the program that checks the kernels: every n-th case from the k-th on.
     cases, sanitized = ("0/2000", "0/2000") if emulated else ("0/1", "0/20")
-    preset = ("smoke", "--budget", "1") if emulated else ("gpu", "--device", "cuda", "--md")
+    one_group = ("--op", "bn", "--layout", "channels_last", "--shape", "2x512x7x7")
+    preset = ("smoke", *one_group) if emulated else ("gpu", "--device", "cuda", "--md")
     against_torch = ("train", "--experiment", "against-torch", "--device", "cuda")
     stages = [
         _build(emulated),
@@ -115,12 +125,12 @@ def table(emulated: bool) -> list[list[Step]]:
         [Step("peers", python(timings, "peers", again=True), 50)],
         # Nothing is timed here.
         [
-            Step("tests", python(tests, "first"), 75),
+            Step("tests", python(tests, "first"), 90),
             _sanitized("memcheck", sanitized),
             _sanitized("racecheck", sanitized),
         ],
         [Step("cases", python(tests, "cases"), 100)],
-        [Step("compiled peers", python(timings, "compiled", again=True), 60)],
+        [Step("compiled peers", python(timings, "compiled", again=True), 75)],
         [Step("kernels", python("benchmarks", "kernels"), 45, gpu=True)],
         [
             Step(

@@ -24,7 +24,8 @@ from benchmarks.gpu import device, emulated, items, journal
 from benchmarks.gpu.tensors import Sample, Samples
 from benchmarks.timing import Stats
 
-LIMIT_S = 40.0  # of a case: the first call of a compiled one is made in it
+#: Of a case, with the first calls of its candidates.
+LIMIT_S = {"plans": 20.0, "peers": 20.0, "compiled": 60.0}
 ROUNDS = 3 if emulated.WANTED else 9
 COPY = "copy"
 #: What is forced of the plan. Where that makes no other plan, it is not timed again.
@@ -226,7 +227,7 @@ def main() -> int:
     timings = Timings(here, what)
     timings.lines.write("device", what=what, **here.describe())
     work = {str(case): functools.partial(timings.measure, case) for case in cases(what)}
-    return items.work_off(work, LIMIT_S, here.synchronize)
+    return items.work_off(work, LIMIT_S[what], here.synchronize)
 
 
 if __name__ == "__main__":
