@@ -28,7 +28,7 @@ from setup_cuda import NVCC_FLAGS  # noqa: E402
 CSRC = ROOT / "csrc"
 TABLE = ROOT / "build" / "resources.csv"
 LOGS = ROOT / "build" / "nvcc"
-ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;11.0;12.0+PTX"
 ALWAYS = "9.0"
 DTYPES = ("float", "double", "bfloat16", "half")  # as the files of the kernels are named
 FLAGS = [*NVCC_FLAGS, "-I", str(CSRC), "-Xptxas=-v", "-Werror=all-warnings"]

@@ -17,7 +17,7 @@ namespace {
 void run(const Case& c, std::uint64_t seed) {
   std::mt19937_64 random(seed);
   emulation::set_seed(seed);
-  emulation::set_device(device_named(c.device));
+  open(device_named(c.device));
   try {
     Data data(c, random);
     const Formulas formulas(c, data);

@@ -3,9 +3,10 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 #include <random>
 
-#include "cuda/batchnorm.h"
+#include "cuda/run.h"
 #include "report.h"
 
 namespace check {
@@ -110,21 +111,39 @@ struct Needs {
   bool dx = true, dresidual = true, dweight = true, dbias = true;
 };
 
-inline DeviceLimits limits() {
-  DeviceLimits found;
-  if (cuda::device_limits(0, &found) != cudaSuccess) std::abort();
-  return found;
+// The device of the cases that follow, as a program opens it once.
+inline std::unique_ptr<cuda::Device>& device() {
+  static std::unique_ptr<cuda::Device> opened;
+  return opened;
+}
+inline void open(const emulation::Device& emulated) {
+  emulation::set_device(emulated);
+  device() = std::make_unique<cuda::Device>();
+  if (device()->open(0) != cudaSuccess) std::abort();
 }
 
-// Plans the call and makes it, with exactly the workspace that the plan asks for.
-template <typename Call, typename Make>
-void make(const Case& c, const char* what, const Call& call, const Make& launch) {
-  const CudaPlan plan = plan_cuda(cuda::request_of(call), limits(), c.forced);
-  const Buffer workspace(plan.workspace_bytes);
-  const cudaError_t error = launch(plan, workspace.data());
+// Exactly as much as a plan asks for.
+class Workspace {
+ public:
+  Workspace(const Case& c, std::int64_t bytes) : c_(c), buffer_(bytes) {}
+  ~Workspace() { expect(c_, buffer_.guards_are_intact(), "the workspace is as large as planned"); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  std::uint8_t* data() const { return buffer_.data(); }
+
+ private:
+  const Case& c_;
+  const Buffer buffer_;
+};
+
+// Plans the call and makes it.
+template <typename Call>
+void make(const Case& c, const char* what, const Call& call) {
+  const cudaError_t error = cuda::run(*device(), call, c.forced, nullptr, [&](std::int64_t bytes) {
+    return Workspace(c, bytes);
+  });
   ++checks;
   if (error != cudaSuccess) fail(c, "%s returned %d", what, static_cast<int>(error));
-  expect(c, workspace.guards_are_intact(), "the workspace is as large as planned");
 }
 
 inline ForwardTrain training_call(const Case& c, const Data& data, Training* to) {
@@ -157,9 +176,7 @@ inline Training train(const Case& c, const Data& data, bool skip_nonfinite = fal
   to.running_var.copy_from(data.running_var);
   ForwardTrain call = training_call(c, data, &to);
   call.running.skip_nonfinite = skip_nonfinite;
-  make(c, "forward_train", call, [&](const CudaPlan& plan, void* workspace) {
-    return cuda::forward_train(call, plan, workspace, nullptr);
-  });
+  make(c, "forward_train", call);
   expect(c, to.is_intact(), "forward_train writes its outputs and nothing else");
   return to;
 }
@@ -179,8 +196,7 @@ inline Training infer(const Case& c, const Data& data) {
                          c.activation,
                          parameter_of(c.activation),
                          c.masked() ? to.mask.data() : nullptr};
-  make(c, "forward_eval", call,
-       [&](const CudaPlan& plan, void*) { return cuda::forward_eval(call, plan, nullptr); });
+  make(c, "forward_eval", call);
   expect(c, to.is_intact(), "forward_eval writes its outputs and nothing else");
   return to;
 }
@@ -213,9 +229,7 @@ inline Gradients differentiate(const Case& c, const Data& data, const Tensor& me
                                const Needs& needs) {
   Gradients to(c);
   const Backward call = gradient_call(c, data, mean, invstd, mask, training, needs, &to);
-  make(c, "backward", call, [&](const CudaPlan& plan, void* workspace) {
-    return cuda::backward(call, plan, workspace, nullptr);
-  });
+  make(c, "backward", call);
   expect(c, to.is_intact(), "backward writes its outputs and nothing else");
   return to;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
@@ -96,6 +97,11 @@ inline double large_mean(DType dtype) {
   return dtype == DType::kFloat ? 1e6 : dtype == DType::kDouble ? 1e9 : 100;
 }
 
+// One like another, code that knows no clusters, kernels of which one block fits, and a neighbour;
+// 7, so that each meets each of 10 plans.
+constexpr const char* kHoppers[] = {"hopper",    "hopper", "old code", "hopper",
+                                    "one block", "hopper", "shared"};
+
 // Every dtype x layout x activation x plan; what needs no full cross product is drawn.
 inline std::vector<Case> all_cases() {
   std::vector<Case> cases;
@@ -124,6 +130,7 @@ inline std::vector<Case> all_cases() {
           c.stride = one_in(4) ? 2 : 1;
           c.forced = forced;
           c.device = one_in(12) ? "turing" : one_in(12) ? "ampere" : "hopper";
+          if (c.device == "hopper") c.device = kHoppers[cases.size() % std::size(kHoppers)];
           cases.push_back(c);
         }
       }
@@ -138,6 +145,9 @@ inline emulation::Device device_named(const std::string& name) {
                                                 : emulation::Device{};
   device.multiprocessors = 3;                       // a grid of all of it is still small
   if (name == "ampere") device.l2_bytes = 1 << 10;  // too small for what is written
+  if (name == "old code") device.code_architecture = 80;
+  if (name == "one block") device.registers_per_thread = 192;
+  if (name == "shared") device.held_multiprocessors = 1;
   return device;
 }
 

@@ -11,15 +11,20 @@ namespace check {
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// The order in which threads and blocks run changes no bit.
+// The order in which threads and blocks run changes no bit. What the driver said of a kernel is
+// not asked again, and a launch that it refused not tried again.
 inline void check_determinism(const Case& c, const Data& data, std::uint64_t seed) {
   const Training one = train(c, data);
   const Gradients of_one = differentiate(c, data, one);
   emulation::set_seed(~seed);
+  const emulation::Counts before = emulation::counts();
   const Training other = train(c, data);
   expect(c, one.is_same_as(other), "forward_train gives the same bits in every order");
   expect(c, of_one.is_same_as(differentiate(c, data, other)),
          "backward gives the same bits in every order");
+  const emulation::Counts after = emulation::counts();
+  expect(c, after.questions == before.questions, "a kernel's second call asks nothing");
+  expect(c, after.refusals == before.refusals, "a refused launch is not tried again");
 }
 
 // What happens in one channel changes no bit of another.
@@ -153,9 +158,7 @@ class Ranks {
     call.mean = doubles(parts);
     call.invstd = nullptr;
     call.m2 = doubles(parts) + channels_;
-    make(c_, "statistics alone", call, [&](const CudaPlan& plan, void* workspace) {
-      return cuda::forward_train(call, plan, workspace, nullptr);
-    });
+    make(c_, "statistics alone", call);
     doubles(parts)[2 * channels_] = n_;
     std::memset(doubles(parts) + width_, 0, static_cast<std::size_t>(width_) * sizeof(double));
     std::memcpy(doubles(parts) + 2 * width_, doubles(parts),
@@ -211,9 +214,7 @@ class Ranks {
     if (error != cudaSuccess) fail(c_, "%s returned %d", what, static_cast<int>(error));
   }
   void launch(const char* what, const Backward& call) const {
-    make(c_, what, call, [&](const CudaPlan& plan, void* workspace) {
-      return cuda::backward(call, plan, workspace, nullptr);
-    });
+    make(c_, what, call);
   }
   Backward backward_call(Gradients* to) const {
     Backward call = gradient_call(c_, data_, one_.mean, one_.invstd,
