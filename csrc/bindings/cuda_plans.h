@@ -98,8 +98,8 @@ inline Occupancy occupancy_from(const py::dict& fields) {
 
 // Writes the fields that are given.
 inline void prescribe(CudaPlanOverride* forced, const Name& strategy, const Name& access,
-               std::optional<int> team, std::optional<int> slots, Count unit_channels,
-               Count units_at_once) {
+                      std::optional<int> team, std::optional<int> slots, Count unit_channels,
+                      Count units_at_once) {
   if (strategy) forced->strategy = index_of(*strategy, kStrategyNames, "strategy");
   if (access) forced->access = index_of(*access, kAccessNames, "access");
   if (team) forced->team = *team;
@@ -109,7 +109,7 @@ inline void prescribe(CudaPlanOverride* forced, const Name& strategy, const Name
 }
 
 inline void force_cuda_plan(const Name& strategy, const Name& access, std::optional<int> team,
-                     std::optional<int> slots, Count unit_channels, Count units_at_once) {
+                            std::optional<int> slots, Count unit_channels, Count units_at_once) {
   CudaPlanOverride forced;
   prescribe(&forced, strategy, access, team, slots, unit_channels, units_at_once);
   cuda_plan_override() = forced;
@@ -136,11 +136,12 @@ inline py::dict dict_of(const CudaPlan& plan) {
 }
 
 inline py::dict cuda_plan(const std::string& layout, const std::string& dtype, std::int64_t n,
-                   std::int64_t c, std::int64_t s, const std::string& op, const py::object& device,
-                   std::optional<bool> reduces, bool cumulative, bool aligned, bool residual,
-                   bool masked, int outputs, const std::optional<py::dict>& occupancy,
-                   const Name& strategy, const Name& access, std::optional<int> team,
-                   std::optional<int> slots, Count unit_channels, Count units_at_once) {
+                          std::int64_t c, std::int64_t s, const std::string& op,
+                          const py::object& device, std::optional<bool> reduces, bool cumulative,
+                          bool aligned, bool residual, bool masked, int outputs,
+                          const std::optional<py::dict>& occupancy, const Name& strategy,
+                          const Name& access, std::optional<int> team, std::optional<int> slots,
+                          Count unit_channels, Count units_at_once) {
   const Problem problem = problem_from(layout, dtype, n, c, s);
   const Pass pass = pass_from(op);
   const CudaRequest request{problem,    pass,    reduces.value_or(pass != Pass::kEval),

@@ -69,9 +69,7 @@ struct Planner {
   }
   bool may_cooperate() const { return device.cooperative && !occupancy.refused; }
   // Blocks on the device at once: of any kind, and in clusters.
-  std::int64_t places() const {
-    return std::int64_t{device.multiprocessors} * occupancy.blocks;
-  }
+  std::int64_t places() const { return std::int64_t{device.multiprocessors} * occupancy.blocks; }
   std::int64_t places_of(int cluster) const {
     return cluster == 1 ? places() : std::int64_t{cluster} * occupancy.clusters[cluster];
   }
@@ -176,8 +174,8 @@ struct Planner {
       unit_channels = group_of_channels();
       return;
     }
-    unit_channels = std::min(
-        {round_up(forced.unit_channels, kCellElements), p.c, std::int64_t{kCudaThreads}});
+    unit_channels =
+        std::min({round_up(forced.unit_channels, kCellElements), p.c, std::int64_t{kCudaThreads}});
     while (scratch_bytes() > room()) {
       unit_channels = round_up(unit_channels / 2, kCellElements);
     }

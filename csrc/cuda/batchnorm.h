@@ -1,5 +1,5 @@
-// Batch normalization on CUDA devices: what the bindings call, by run() of run.h. Device pointers in, an error out; no
-// torch. Nothing here allocates, synchronises or throws.
+// Batch normalization on CUDA devices: what the bindings call, by run() of run.h. Device pointers
+// in, an error out; no torch. Nothing here allocates, synchronises or throws.
 #pragma once
 
 #include <cuda_runtime_api.h>

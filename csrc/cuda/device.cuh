@@ -23,8 +23,8 @@ namespace cuda {
 
 // ---- barriers -----------------------------------------------------------------------------------
 
-// Thread-block clusters came with compute capability 9.0. Code for less, which may also run on newer
-// devices, has no plan with one (Device::open), or gives an error rather than a wrong result.
+// Thread-block clusters came with compute capability 9.0. Code for less, which may also run on
+// newer devices, has no plan with one (Device::open), or gives an error rather than a wrong result.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline void cluster_arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
 // For a thread that has written nothing for others: it does not wait for its stores.

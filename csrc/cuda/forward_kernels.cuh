@@ -53,7 +53,8 @@ class Forward {
     prefetch(a_.call.running.var, c);
   }
 
-  // What a channel is finished with. All are on their way at once, and widened when they are needed.
+  // What a channel is finished with. All are on their way at once, and widened when they are
+  // needed.
   struct Parameters {
     RawValue weight, bias;
     T first;
@@ -65,8 +66,8 @@ class Forward {
   }
 
   // First pass: moments of x - (the channel's first element), so that no digits are lost to a
-  // large mean. The parameters of the channel `own` (-1: none) are needed next: they are on their way
-  // while the threads meet, since the pass itself has no registers for them.
+  // large mean. The parameters of the channel `own` (-1: none) are needed next: they are on their
+  // way while the threads meet, since the pass itself has no registers for them.
   __device__ Parameters reduce(int own, const Exchange<A>& exchange) {
     A shift[kLanes];
 #pragma unroll

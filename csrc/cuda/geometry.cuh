@@ -42,8 +42,8 @@ inline Geometry geometry_of(const Problem& p, const CudaPlan& plan) {
           first ? p.c * columns / kCellElements : mask_row_bytes(p)};
 }
 
-// A unit's channels, and a block's place in the team that works on it. Of the last wave's blocks some
-// have none: they only meet the others.
+// A unit's channels, and a block's place in the team that works on it. Of the last wave's blocks
+// some have none: they only meet the others.
 struct Unit {
   std::int64_t first_channel;
   int channels, rank;

@@ -1,9 +1,9 @@
 // What the driver knows of a device and of the kernels on it.
-#include "cuda/occupancy.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
+
+#include "cuda/occupancy.h"
 
 namespace batchnorm {
 namespace cuda {

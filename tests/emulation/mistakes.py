@@ -142,7 +142,11 @@ SUMS = [
             "rank < g_.team; rank += 32",
             "rank < g_.team - 1; rank += 32",
         ),
-        ("a warp's channels are its lane 0's", "if (lane_of_warp() == turn)", "if (lane_of_warp() == 0)"),
+        (
+            "a warp's channels are its lane 0's",
+            "if (lane_of_warp() == turn)",
+            "if (lane_of_warp() == 0)",
+        ),
         (
             "a warp's channels are another's",
             "warp_of_block() + lane_of_warp() * kWarps",
@@ -160,10 +164,10 @@ SUMS = [
         ),
         (
             "a team's results lie in one place",
-            "workspace + slot * g.team * of_block",
-            "workspace + slot * of_block",
+            "(team * g_.team + rank) * g_.unit_channels",
+            "(team + rank) * g_.unit_channels",
         ),
-        ("results of the next wave come too early", "wave % 2 : wave", "0 : wave"),
+        ("results of the next wave come too early", "wave_ % 2 : wave_", "0 : wave_"),
         (
             "scratch regions overlap",
             "return partials() + sizes().partials;",
@@ -265,7 +269,11 @@ FORMULAS = [
     *in_file(
         "cuda/forward_kernels.cuh",
         ("the normalising variance is unbiased", "sqrt(m2 / n +", "sqrt(m2 / (n - 1) +"),
-        ("every block of a team updates the statistics", " && unit.rank == 0) forward", ") forward"),
+        (
+            "every block of a team updates the statistics",
+            " && unit.rank == 0) forward",
+            ") forward",
+        ),
         ("the mean is that of x - shift", "static_cast<double>(widen(parameters.first))", "0.0"),
         (
             "weight and bias are exchanged",
@@ -340,7 +348,7 @@ FORMULAS = [
         ),
         (
             "the totals are not used",
-            "    if (finishes && a.call.totals) gradients.use_totals(own, saved);\n",
+            "    if (own >= 0 && a.call.totals) gradients.use_totals(own, saved);\n",
             "",
         ),
         ("dresidual is dy", "narrow<T>(dz), place", "cells.dy, place"),

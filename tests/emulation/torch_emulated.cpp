@@ -62,8 +62,7 @@ struct EmulatedBackend {
   }
 };
 
-void set_device(const std::string& name, int code, int registers, int held,
-                bool odd_clusters) {
+void set_device(const std::string& name, int code, int registers, int held, bool odd_clusters) {
   constexpr const char* kNames[] = {"hopper", "ampere", "turing"};
   emulation::Device devices[] = {{}, emulation::Device::ampere(), emulation::Device::turing()};
   emulation::Device& chosen = devices[index_of(name, kNames, "the emulated device")];

@@ -139,9 +139,8 @@ class Workspace {
 // Plans the call and makes it.
 template <typename Call>
 void make(const Case& c, const char* what, const Call& call) {
-  const cudaError_t error = cuda::run(*device(), call, c.forced, nullptr, [&](std::int64_t bytes) {
-    return Workspace(c, bytes);
-  });
+  const cudaError_t error = cuda::run(*device(), call, c.forced, nullptr,
+                                      [&](std::int64_t bytes) { return Workspace(c, bytes); });
   ++checks;
   if (error != cudaSuccess) fail(c, "%s returned %d", what, static_cast<int>(error));
 }

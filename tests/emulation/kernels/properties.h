@@ -213,9 +213,7 @@ class Ranks {
     ++checks;
     if (error != cudaSuccess) fail(c_, "%s returned %d", what, static_cast<int>(error));
   }
-  void launch(const char* what, const Backward& call) const {
-    make(c_, what, call);
-  }
+  void launch(const char* what, const Backward& call) const { make(c_, what, call); }
   Backward backward_call(Gradients* to) const {
     Backward call = gradient_call(c_, data_, one_.mean, one_.invstd,
                                   c_.masked() ? &one_.mask : nullptr, true, {}, to);

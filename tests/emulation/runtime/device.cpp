@@ -71,7 +71,8 @@ int resident_blocks(const Device& device, const FunctionState& function, unsigne
   const int whole_warps = static_cast<int>((threads + 31) / 32 * 32);
   int blocks =
       std::min(device.blocks_per_multiprocessor, device.threads_per_multiprocessor / whole_warps);
-  blocks = std::min(blocks, kRegistersPerMultiprocessor / (device.registers_per_thread * whole_warps));
+  blocks =
+      std::min(blocks, kRegistersPerMultiprocessor / (device.registers_per_thread * whole_warps));
   if (shared == 0) return blocks;
   return std::min(blocks, static_cast<int>(device.shared_per_multiprocessor / shared));
 }

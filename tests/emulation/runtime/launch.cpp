@@ -77,8 +77,8 @@ cudaError_t check_resources(const Device& device, const FunctionState& function,
   if (launch.resident_blocks == 0) return cudaErrorInvalidConfiguration;
   if (!launch.cooperative) return cudaSuccess;
   if (!device.cooperative_launch) return cudaErrorNotSupported;
-  const auto held = static_cast<std::size_t>(blocks) *
-                    static_cast<std::size_t>(device.held_multiprocessors);
+  const auto held =
+      static_cast<std::size_t>(blocks) * static_cast<std::size_t>(device.held_multiprocessors);
   if (volume(config.gridDim) + held <= launch.resident_blocks) return cudaSuccess;
   ++refusals;
   return cudaErrorCooperativeLaunchTooLarge;
