@@ -18,6 +18,7 @@ void run(const Case& c, std::uint64_t seed) {
   std::mt19937_64 random(seed);
   emulation::set_seed(seed);
   open(device_named(c.device));
+  const std::uint64_t refusals = emulation::counts().refusals;
   try {
     Data data(c, random);
     const Formulas formulas(c, data);
@@ -25,6 +26,9 @@ void run(const Case& c, std::uint64_t seed) {
     if (has_variance) formulas.check_training();
     formulas.check_inference();
     if (has_variance) check_properties(c, data, random, seed);
+    if (!has_variance) check_single_values(c, data);
+    const bool is_shared = c.device == "shared";
+    expect(c, is_shared || emulation::counts().refusals == refusals, "what is planned fits");
   } catch (const emulation::Failure& failure) {
     fail(c, "%s", failure.what());
   }

@@ -131,6 +131,17 @@ inline void check_constant_channel(const Case& c, Data& data, std::int64_t chann
   expect(c, is_exact, "a constant channel is the bias, and dropped at a bound");
 }
 
+// One value for each channel has no unbiased variance: the running one stays as it was.
+inline void check_single_values(const Case& c, const Data& data) {
+  const Training got = train(c, data);
+  bool has_stayed = true, has_moved = c.bare;
+  for (std::int64_t k = 0; k < c.problem.c; ++k) {
+    has_stayed &= c.bare || got.running_var[k] == data.running_var[k];
+    has_moved |= got.running_mean[k] != data.running_mean[k];
+  }
+  expect(c, has_stayed && has_moved, "one value moves the running mean alone");
+}
+
 inline double* doubles(const Tensor& values) { return static_cast<double*>(values.data()); }
 
 // This data as that of two ranks, with a third that has none between them: what they have together
