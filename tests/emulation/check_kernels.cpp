@@ -27,8 +27,9 @@ void run(const Case& c, std::uint64_t seed) {
     formulas.check_inference();
     if (has_variance) check_properties(c, data, random, seed);
     if (!has_variance) check_single_values(c, data);
-    const bool is_shared = c.device == "shared";
-    expect(c, is_shared || emulation::counts().refusals == refusals, "what is planned fits");
+    // Of a forward and a backward kernel, each once, and only where somebody else is at work.
+    const std::uint64_t most = c.device == "shared" ? 2 : 0;
+    expect(c, emulation::counts().refusals - refusals <= most, "launches that don't fit are few");
   } catch (const emulation::Failure& failure) {
     fail(c, "%s", failure.what());
   }
