@@ -551,7 +551,7 @@ def followed(call: Call, plan: _C.CudaPlan, forced: dict[str, Any]) -> dict[str,
     if "unit_channels" in forced and not call.first:
         wanted = min(-(-forced["unit_channels"] // CELL) * CELL, call.c, THREADS * CELL)
         rules["unit_channels"] = plan["unit_channels"] == wanted or wanted > 256
-    if "units_at_once" in forced and plan["strategy"] != "grid":
+    if "units_at_once" in forced and plan["strategy"] not in ("grid", "cluster"):
         rules["units_at_once"] = plan["units_at_once"] == min(
             forced["units_at_once"], plan["units"]
         )

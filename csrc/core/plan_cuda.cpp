@@ -68,15 +68,20 @@ struct Planner {
     return cuda_scratch(p, traversal.mapping, unit_channels).bytes(accumulate_size());
   }
   bool may_cooperate() const { return device.cooperative && !occupancy.refused; }
+  // At once. A cluster's blocks have one wave: in a second they would write over what others may
+  // still read.
+  std::int64_t clusters(int size) const {
+    return units() <= kMaxGrid / size ? occupancy.clusters[size] : 0;
+  }
   // Blocks on the device at once: of any kind, and in clusters.
   std::int64_t places() const { return std::int64_t{device.multiprocessors} * occupancy.blocks; }
   std::int64_t places_of(int cluster) const {
-    return cluster == 1 ? places() : std::int64_t{cluster} * occupancy.clusters[cluster];
+    return cluster == 1 ? places() : cluster * clusters(cluster);
   }
   // The largest cluster that the device takes, of at most so many blocks; 1 is none.
   int cluster_of(std::int64_t at_most) const {
     int size = static_cast<int>(std::min<std::int64_t>(at_most, kLargestCluster));
-    while (size > 1 && occupancy.clusters[size] == 0) --size;
+    while (size > 1 && clusters(size) == 0) --size;
     return std::max(size, 1);
   }
 
@@ -251,7 +256,9 @@ struct Planner {
   void cut(CudaPlan* plan) const {
     if (plan->strategy == Strategy::kGrid) return cut_grid(plan);
     plan->units_at_once = std::min(units(), kMaxGrid / plan->team);
-    if (forced.units_at_once > 0) plan->units_at_once = std::min(forced.units_at_once, units());
+    if (forced.units_at_once > 0 && plan->strategy != Strategy::kCluster) {
+      plan->units_at_once = std::min(forced.units_at_once, units());
+    }
     const bool keeps = plan->strategy == Strategy::kBlock || plan->strategy == Strategy::kCluster;
     plan->slots = keeps ? static_cast<int>(std::min(slots(), cells(plan->team))) : 0;
   }

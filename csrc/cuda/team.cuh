@@ -262,8 +262,8 @@ class Exchange {
 };
 
 // The second pass needs no other block's results any more; here ends the time in which they are
-// read. Between the two a block may do what it likes, except to overwrite or lose its own. What was
-// read has been used, and nothing was written that others would wait for.
+// read. Between the two a block may do what it likes, except to overwrite or lose its own. A
+// cluster ends then (it has one wave), and nothing was written that others would wait for.
 __device__ inline void have_gathered(Strategy strategy) {
   __syncthreads();
   if (strategy == Strategy::kCluster) cluster_arrive_relaxed();

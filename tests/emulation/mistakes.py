@@ -248,7 +248,7 @@ WALKS = [
         ),
         ("vectors of unaligned tensors", "vector = request.aligned && row", "vector = row"),
         ("vectors of rows that are no multiple", "row % kCellElements == 0", "row > 0"),
-        ("a cluster of any size is taken", "occupancy.clusters[size] == 0", "false"),
+        ("a cluster of any size is taken", "clusters(size) == 0", "false"),
         (
             "a cumulative average in blocks that never meet",
             "!request.cumulative || units() == 1",
