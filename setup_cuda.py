@@ -16,9 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Machine code for each, and PTX that later devices compile. 10.0 and 12.0 are known since 12.8.
-ARCHITECTURES = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
-OLD_ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"
+#: Machine code for each, and PTX that later devices compile, by the nvcc that knows them: what is
+#: 11.0 since CUDA 13.0 was called 10.1 before.
+ARCHITECTURES = {
+    (13, 0): "7.5;8.0;8.6;9.0;10.0;11.0;12.0+PTX",
+    (12, 8): "7.5;8.0;8.6;9.0;10.0;12.0+PTX",
+    (0, 0): "7.5;8.0;8.6;9.0+PTX",
+}
 #: As the CPU's kernels: no fast math, and no product and sum made one that is not written as fmaf,
 #: so that forward and backward round the same expression the same way.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
@@ -124,7 +128,7 @@ def architectures(
         return asked
     if capabilities:
         return ";".join("{}.{}".format(*each) for each in sorted(set(capabilities)))
-    return ARCHITECTURES if toolkit.version >= (12, 8) else OLD_ARCHITECTURES
+    return next(known for since, known in ARCHITECTURES.items() if toolkit.version >= since)
 
 
 def runtime_library(toolkit: Toolkit) -> list[str]:

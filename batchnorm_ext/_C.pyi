@@ -17,6 +17,7 @@ class CudaPlan(TypedDict):
     team: int
     slots: int
     stream_stores: bool
+    refused: bool  # without cooperation, since a launch with it was refused
     unit_channels: int
     units: int
     units_at_once: int
@@ -25,6 +26,11 @@ class CudaPlan(TypedDict):
     compulsory_bytes: int
     predicted_bytes: int
     blocks: int
+
+class CudaOccupancy(TypedDict):
+    blocks: int  # of a multiprocessor
+    clusters: dict[int, int]  # at once, by their size
+    refused: bool
 
 class CudaDevice(TypedDict):
     compute_capability: int  # 90 for 9.0
@@ -68,6 +74,7 @@ def plan_cuda(
     residual: bool = False,
     masked: bool = False,
     outputs: int = 1,
+    occupancy: CudaOccupancy | None = None,
     strategy: str | None = None,
     access: str | None = None,
     team: int | None = None,

@@ -1,6 +1,8 @@
-"""What nvcc makes of the CUDA kernels, as a table: registers, spills, shared memory of each.
+"""What nvcc makes of the CUDA kernels, as tables: registers, spills, shared memory of each, and how
+wide its accesses are.
 
     python tests/resources.py          # compiles csrc/cuda, warnings as errors; build/resources.csv
+                                       # and, of 9.0's PTX, build/accesses.csv
     python tests/resources.py --turn 3 # all architectures for one dtype, 9.0 for the others
 
 `make nvcc-check` calls it and test_resources.py reads the table. A file that has not changed is not
@@ -27,8 +29,9 @@ from setup_cuda import NVCC_FLAGS  # noqa: E402
 
 CSRC = ROOT / "csrc"
 TABLE = ROOT / "build" / "resources.csv"
+ACCESSES = ROOT / "build" / "accesses.csv"
 LOGS = ROOT / "build" / "nvcc"
-ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;11.0;12.0+PTX"
 ALWAYS = "9.0"
 DTYPES = ("float", "double", "bfloat16", "half")  # as the files of the kernels are named
 FLAGS = [*NVCC_FLAGS, "-I", str(CSRC), "-Xptxas=-v", "-Werror=all-warnings"]
@@ -46,6 +49,44 @@ class Resources:
     spill_stores: int
     spill_loads: int
     static_shared: int
+
+
+@dataclass(frozen=True)
+class Accesses:
+    """Loads and stores of global memory in a kernel's PTX: of 16 bytes, and others but of bytes."""
+
+    kernel: str
+    wide_loads: int
+    narrow_loads: int
+    wide_stores: int
+    narrow_stores: int
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """The kernels' instructions by their names."""
+    parts = re.split(r"^(?:\.\w+ )*\.entry (\w+)\(", ptx, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def accesses_of(kernel: str, instructions: str) -> Accesses:
+    """Counted. The mask's are of bytes, and left out."""
+    words = re.findall(r"\b(ld|st)\.global((?:\.\w+)+)", instructions)
+    counts = {
+        (what, wide): sum(
+            bool(re.search(r"\.v4\.\w32|\.v2\.\w64", how)) is wide and not how.endswith("8")
+            for word, how in words
+            if word == what
+        )
+        for what in ("ld", "st")
+        for wide in (True, False)
+    }
+    return Accesses(
+        kernel,
+        counts["ld", True],
+        counts["ld", False],
+        counts["st", True],
+        counts["st", False],
+    )
 
 
 def architecture_flags(architectures: str) -> list[str]:
@@ -99,30 +140,48 @@ def _newest(paths: Iterable[Path]) -> float:
     return max(path.stat().st_mtime for path in paths)
 
 
+def ptx_of(source: Path) -> Path:
+    """Where its PTX is kept, of the architecture that is always compiled for."""
+    return LOGS / f"{source.stem}.ptx"
+
+
+def keep_ptx(source: Path, intermediate: Path) -> None:
+    """From nvcc's intermediate files, which are many. The only architecture's has a plain name."""
+    number = ALWAYS.replace(".", "")
+    names = [f"{source.stem}.compute_{number}.ptx", f"{source.stem}.ptx"]
+    found = [intermediate / name for name in names if (intermediate / name).exists()]
+    if found:
+        found[0].replace(ptx_of(source))
+    shutil.rmtree(intermediate)
+
+
 def compile_one(source: Path, flags: Sequence[str]) -> str:
     """What nvcc and ptxas say of a file. Raises SystemExit where nvcc refuses it."""
     log = LOGS / f"{source.stem}.log"
+    intermediate = LOGS / f"{source.stem}.intermediate"
     command = ["nvcc", *FLAGS, *flags, "-x", "cu", "-c", str(source), "-o", os.devnull]
+    command += ["--keep", "--keep-dir", str(intermediate)]
     headers = [path for part in ("core", "cuda") for path in (CSRC / part).glob("*.*h")]
     first_line = " ".join(command)
     if log.exists() and log.stat().st_mtime > _newest([source, Path(__file__), *headers]):
         kept, _, rest = log.read_text().partition("\n")
         if kept == first_line:
             return rest
+    intermediate.mkdir(parents=True, exist_ok=True)
     result = subprocess.run(command, capture_output=True, text=True)
+    keep_ptx(source, intermediate)
     if result.returncode != 0:
         raise SystemExit(f"{first_line}\n{result.stdout}{result.stderr}")
-    log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(f"{first_line}\n{result.stderr}")
     print(f"nvcc {source.relative_to(ROOT)}", flush=True)
     return result.stderr
 
 
-def write(rows: Sequence[Resources], path: Path) -> None:
+def write(rows: Sequence[Resources] | Sequence[Accesses], path: Path) -> None:
     """The table as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Resources)])
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 
@@ -131,6 +190,12 @@ def read(path: Path) -> list[Resources]:
     """What `write` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return [Resources(row[0], row[1], *map(int, row[2:])) for row in list(csv.reader(file))[1:]]
+
+
+def read_accesses(path: Path) -> list[Accesses]:
+    """What `write` wrote of them."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Accesses(row[0], *map(int, row[1:])) for row in list(csv.reader(file))[1:]]
 
 
 def architectures_of(source: Path, architectures: str, turn: int | None) -> str:
@@ -170,6 +235,10 @@ def main() -> None:
     names = readable([row.kernel for row in rows])
     values = [asdict(row) | {"kernel": name} for row, name in zip(rows, names, strict=True)]
     write([Resources(**each) for each in values], arguments.output)
+    found = entries("".join(ptx_of(path).read_text() for path in sources if ptx_of(path).exists()))
+    names = readable(list(found))
+    counted = [accesses_of(name, ptx) for name, ptx in zip(names, found.values(), strict=True)]
+    write(counted, ACCESSES)
     spills = sum(row.spill_stores + row.spill_loads > 0 for row in rows)
     most = max((row.registers for row in rows), default=0)
     print(

@@ -164,12 +164,15 @@ def forced_cuda_plan(**fields: Any) -> Iterator[None]:
 
 
 @contextmanager
-def emulated_device(name: str) -> Iterator[None]:
-    """One of EMULATED_DEVICES for the calls inside; a real device stays what it is."""
+def emulated_device(name: str, **how: int) -> Iterator[None]:
+    """One of EMULATED_DEVICES for the calls inside; a real device stays what it is.
+
+    `how` is that of torch_emulated's set_device.
+    """
     if EMULATED is None:
         yield
         return
-    EMULATED.set_device(name)
+    EMULATED.set_device(name, **how)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import torch
 from strategies import (
     ACTIVATION_PARAMS,
     DTYPES,
+    EMULATED,
     EMULATED_DEVICES,
     HAS_CUDA_KERNELS,
     MODES,
@@ -104,3 +105,66 @@ def test_a_mean_over_all_batches(shape: tuple[int, ...], strategy: str | None) -
     assert int(count) == 3
     torch.testing.assert_close(mean.double(), batch.mean(1) / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var.double(), (2 + batch.var(1)) / 3, rtol=1e-5, atol=1e-6)
+
+
+# ---- devices that are not what their limits say -------------------------------------------------
+
+emulated_only = pytest.mark.skipif(EMULATED is None, reason="a real device is what it is")
+#: Kernels with so many registers that one block of 256 threads fits on a multiprocessor.
+MANY_REGISTERS = 192
+
+
+def both_directions(shape: tuple[int, ...] = (300, 40, 3)) -> None:
+    check_forward(Case(shape, seed=5))
+    check_backward(Case(shape, seed=6))
+
+
+@emulated_only
+@pytest.mark.parametrize("strategy", [None, "cluster"])
+def test_code_for_an_older_device_has_no_clusters(strategy: str | None) -> None:
+    """What 9.0 compiles of PTX for 8.0 has no cluster's barrier: each block would be alone."""
+    with emulated_device("hopper"):
+        assert EMULATED.max_cluster() == 8
+    with emulated_device("hopper", code=80), forced_cuda_plan(strategy=strategy):
+        assert EMULATED.max_cluster() == 1
+        both_directions()
+
+
+@emulated_only
+def test_as_many_blocks_are_launched_as_fit() -> None:
+    with emulated_device("hopper", registers=MANY_REGISTERS), forced_cuda_plan(strategy="grid"):
+        before = EMULATED.counts()
+        both_directions()
+        assert EMULATED.counts()["launches"] > before["launches"]
+        assert EMULATED.counts()["refusals"] == before["refusals"]
+
+
+@emulated_only
+def test_a_refused_launch_is_planned_again_once() -> None:
+    """Seven of eight multiprocessors are another process's, which no occupancy tells."""
+    with emulated_device("hopper", held=7), forced_cuda_plan(strategy="grid"):
+        before = EMULATED.counts()["refusals"]
+        both_directions()
+        refused = EMULATED.counts()["refusals"]
+        assert refused == before + 2  # one for each kernel
+        both_directions()
+        assert EMULATED.counts()["refusals"] == refused
+
+
+@emulated_only
+@pytest.mark.parametrize("team", [3, 5, 6, 7])
+def test_a_cluster_that_the_device_does_not_take(team: int) -> None:
+    forced = forced_cuda_plan(strategy="cluster", team=team)
+    with emulated_device("hopper", odd_clusters=False), forced:
+        both_directions()
+
+
+@emulated_only
+def test_the_driver_is_asked_at_a_kernels_first_call() -> None:
+    """Nothing is set for a call either: another host thread's could come in between."""
+    with emulated_device("hopper"), forced_cuda_plan(strategy="block"):
+        both_directions()
+        before = EMULATED.counts()["questions"]
+        both_directions()
+        both_directions((3000, 40, 3))  # with more shared memory
+        assert EMULATED.counts()["questions"] == before

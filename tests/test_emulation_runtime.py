@@ -75,6 +75,7 @@ FAILURES = {
     "grid_barrier": r"the launch is not cooperative",
     "cluster_arrives_twice": r"arrives again without having waited",
     "cluster_waits_without_arriving": r"waits without having arrived",
+    "clusters_of_old_code": r"the code is for less than 9.0",
     "no_such_cluster_rank": r"the cluster has no block 2",
     "poll_forever": r"a livelock",
     "too_much_static_shared": r"more than 48 KiB of static shared memory",
@@ -92,6 +93,7 @@ FOUND_BY = {
     "missing_warp_barrier": {"tsan": RACE},
     "missing_grid_barrier": {"plain": WRONG, "asan": WRONG, "tsan": RACE},
     "missing_cluster_barrier": {"plain": WRONG, "asan": WRONG, "tsan": RACE},
+    "relaxed_cluster_barrier": {"tsan": RACE},
     "missing_cluster_barrier_at_the_end": {
         "plain": WRONG,
         "asan": r"AddressSanitizer: use-after-poison",

@@ -66,6 +66,7 @@ def test_cuda_is_refused_with_a_torch_that_has_none() -> None:
 
 NVCC_13 = Toolkit(Path("/opt/cuda"), (13, 0))
 NVCC_12 = Toolkit(Path("/opt/cuda"), (12, 6))
+NVCC_12_8 = Toolkit(Path("/opt/cuda"), (12, 8))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_which_backends_are_built(
 @pytest.mark.parametrize(
     ("asked", "gpus", "toolkit", "built"),
     [
-        (None, [], NVCC_13, "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
+        (None, [], NVCC_13, "7.5;8.0;8.6;9.0;10.0;11.0;12.0+PTX"),
+        (None, [], NVCC_12_8, "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
         (None, [], NVCC_12, "7.5;8.0;8.6;9.0+PTX"),
         (None, [(9, 0), (8, 0), (9, 0)], NVCC_13, "8.0;9.0"),
         ("8.9 9.0+PTX", [(7, 5)], NVCC_13, "8.9;9.0+PTX"),

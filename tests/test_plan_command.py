@@ -15,9 +15,9 @@ BYTES = 128 * 64 * 56 * 56 * 4
 
 
 FIELDS = {
-    "mapping", "access", "strategy", "team", "slots", "stream_stores", "unit_channels", "units",
-    "units_at_once", "shared_bytes", "workspace_bytes", "compulsory_bytes", "predicted_bytes",
-    "blocks",
+    "mapping", "access", "strategy", "team", "slots", "stream_stores", "refused", "unit_channels",
+    "units", "units_at_once", "shared_bytes", "workspace_bytes", "compulsory_bytes",
+    "predicted_bytes", "blocks",
 }  # fmt: skip
 
 

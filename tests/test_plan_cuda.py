@@ -374,6 +374,59 @@ def test_devices_that_lack_something() -> None:
         assert not wrong, (call, plan, wrong)
 
 
+# ---- what the driver answered --------------------------------------------------------------------
+
+
+def occupancy(blocks: int, clusters: dict[int, int], *, refused: bool = False) -> dict[str, Any]:
+    return {"blocks": blocks, "clusters": clusters, "refused": refused}
+
+
+def test_plans_keep_to_the_occupancy() -> None:
+    random_ = random.Random(11)
+    for call in random_calls(4000, seed=11):
+        device = DEVICES[call.device]
+        sizes = random_.sample(range(2, 9), random_.randint(0, 7))
+        clusters = {size: random_.randint(1, 40) for size in sizes}
+        refused = random_.random() < 0.5
+        forced = {"team": random_.randint(1, 9)} if random_.random() < 0.5 else {}
+        plan = call.plan(occupancy=occupancy(1, clusters, refused=refused), **forced)
+        rules = {
+            "all blocks of a grid fit at once": plan["strategy"] != "grid"
+            or plan["blocks"] <= device["multiprocessors"],
+            "nobody meets who may not": plan["strategy"] != "grid" or not refused,
+            "clusters are of a size that is possible": plan["strategy"] != "cluster"
+            or plan["team"] == 1
+            or plan["team"] in clusters,
+            "a block fits": plan["shared_bytes"] <= device["shared_per_block"],
+            "the plan says so": plan["refused"] == refused,
+        }
+        assert all(rules.values()), (call, plan, rules)
+
+
+def test_one_block_has_what_two_would_share() -> None:
+    call = Call("channels_first", "bfloat16", 64, 256, 3136, "forward")
+    alone = call.plan(occupancy=occupancy(1, {}), strategy="block")
+    assert alone["slots"] > 2 * call.plan(strategy="block")["slots"]
+
+
+def test_few_clusters_at_once_are_no_good() -> None:
+    call = Call("channels_first", "bfloat16", 128, 256, 3136, "forward")
+    assert (call.plan()["strategy"], call.plan()["team"]) == ("cluster", 8)
+    assert call.plan(occupancy=occupancy(2, {2: 132, 4: 66, 8: 33})) == call.plan()
+    plan = call.plan(occupancy=occupancy(2, {2: 132, 4: 66, 8: 3}))
+    assert plan["strategy"] == "grid"
+
+
+def test_a_prescribed_cluster_is_one_that_the_device_takes() -> None:
+    call = Call("channels_first", "float32", 32, 96, 49, "forward")
+    powers = occupancy(2, {2: 132, 4: 66, 8: 33})
+    teams = [call.plan(occupancy=powers, strategy="cluster", team=n)["team"] for n in range(2, 10)]
+    assert teams == [2, 2, 4, 4, 4, 4, 8, 8]
+    assert call.plan(occupancy=powers, strategy="cluster")["team"] == 2
+    without = call.plan(occupancy=occupancy(2, {}), strategy="cluster", team=4)
+    assert without["strategy"] != "cluster"
+
+
 def test_backward_reads_the_mask_as_forward_laid_it_out() -> None:
     """How an image's bits lie follows from the problem, not from the pass or the device."""
     random_ = random.Random(9)
@@ -500,7 +553,7 @@ def followed(call: Call, plan: _C.CudaPlan, forced: dict[str, Any]) -> dict[str,
     if "unit_channels" in forced and not call.first:
         wanted = min(-(-forced["unit_channels"] // CELL) * CELL, call.c, THREADS * CELL)
         rules["unit_channels"] = plan["unit_channels"] == wanted or wanted > 256
-    if "units_at_once" in forced and plan["strategy"] != "grid":
+    if "units_at_once" in forced and plan["strategy"] not in ("grid", "cluster"):
         rules["units_at_once"] = plan["units_at_once"] == min(
             forced["units_at_once"], plan["units"]
         )

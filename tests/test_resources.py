@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import resources
-from resources import Resources
+from resources import NVCC_FLAGS, Accesses, Resources
 
 #: Kernels that may spill, by their names: so many bytes a thread, on other devices than sm_90. With
 #: columns a thread has eight channels' values in its 128 registers. More registers would mean one
@@ -110,3 +111,111 @@ def test_as_many_blocks_fit_as_the_plan_counts_on(table: list[Resources]) -> Non
         and row.kernel.startswith(("forward_kernel", "backward_kernel"))
     ]
     assert not too_many, "\n".join(map(str, too_many))
+
+
+# ---- the compiler's PTX -------------------------------------------------------------------------
+
+PTX = """
+.visible .entry first(
+	.param .u64 first_param_0
+)
+{
+	ld.param.u64 	%rd1, [first_param_0];
+	ld.global.v4.u32 	{%r1, %r2, %r3, %r4}, [%rd1];
+	@%p1 ld.global.v2.f64 	{%fd1, %fd2}, [%rd1+16];
+	ld.global.nc.u16 	%rs1, [%rd1];
+	ld.global.u8 	%rs2, [%rd1];
+	ld.volatile.f32 	%f1, [%rd1];
+	// begin inline asm
+	st.global.cs.v4.b32 [%rd1], {%r1, %r2, %r3, %r4};
+	// end inline asm
+	st.global.u32 	[%rd1], %r1;
+	st.global.u32 	[%rd1+4], %r2;
+	ret;
+}
+	// .globl	second
+.weak .entry second(
+)
+{
+	ret;
+}
+"""
+
+
+def test_accesses_are_counted() -> None:
+    found = resources.entries(PTX)
+    assert list(found) == ["first", "second"]
+    assert resources.accesses_of("first", found["first"]) == Accesses("first", 2, 1, 1, 2)
+    assert resources.accesses_of("second", found["second"]) == Accesses("second", 0, 0, 0, 0)
+
+
+#: Stores and loads of fewer than 16 bytes that a kernel of vectors may have. A per-channel value is
+#: one for each of the four dtypes, of which one is executed.
+DTYPES = 4
+FORWARD_STORES = 2 * DTYPES + 3 + 1 + 3  # running statistics; mean, invstd, m2; counter; a partial
+BACKWARD_STORES = 2 * DTYPES + 3  # dweight, dbias; a partial result
+#: Weight and bias, with a first pass and without; running statistics in inference and in training;
+#: the counter, as what it is and to be counted up; the channel's first element, with a first pass
+#: and without, and as the shift of each lane.
+FORWARD_LOADS = 4 * DTYPES + 4 * DTYPES + 2 + 2
+#: Weight and bias; mean and invstd, twice; three totals.
+BACKWARD_LOADS = 2 * DTYPES + 2 * 2 + 3
+
+
+@pytest.fixture(scope="module")
+def accesses() -> list[Accesses]:
+    if not resources.ACCESSES.exists():
+        why = "make nvcc-check makes it" if shutil.which("nvcc") else "there is no nvcc"
+        pytest.skip(f"THE WIDTH OF ACCESSES IS NOT CHECKED: no {resources.ACCESSES}, {why}")
+    return resources.read_accesses(resources.ACCESSES)
+
+
+def test_vector_kernels_move_tensors_by_16_bytes(accesses: list[Accesses]) -> None:
+    """Or each of a warp's stores would touch all the sectors of four."""
+    vector = [row for row in accesses if "Access=0" in row.kernel]
+    assert len(vector) == 32
+    for row in vector:
+        forward, lanes = row.kernel.startswith("forward"), 8 if "Mapping=1" in row.kernel else 1
+        assert row.wide_loads > 0 and row.wide_stores > 0, row
+        assert row.narrow_stores <= (FORWARD_STORES if forward else BACKWARD_STORES), row
+        assert row.narrow_loads <= (FORWARD_LOADS + lanes if forward else BACKWARD_LOADS), row
+
+
+CLUSTER = """
+#include "cuda/device.cuh"
+using namespace batchnorm::cuda;
+__global__ void arrive() { cluster_arrive(); }
+__global__ void arrive_relaxed() { cluster_arrive_relaxed(); }
+__global__ void wait() { cluster_wait(); }
+__global__ void map(float* out) { *out = *in_block_of_cluster(dynamic_shared<float>(), 1); }
+"""
+INSTRUCTIONS = {
+    "arrive": r"barrier\.cluster\.arrive(?!\.relaxed)",
+    "arrive_relaxed": r"barrier\.cluster\.arrive\.relaxed",
+    "wait": r"barrier\.cluster\.wait",
+    "map": r"\bmapa\b",
+}
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None,
+    reason="NO NVCC: CLUSTERS IN CODE FOR OLDER DEVICES ARE NOT CHECKED",
+)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_code_without_clusters_traps(architecture: int, tmp_path: Path) -> None:
+    """Newer devices run it, too: better an error there than blocks that do not meet."""
+    source, output = tmp_path / "cluster.cu", tmp_path / "cluster.ptx"
+    source.write_text(CLUSTER)
+    command = ["nvcc", *NVCC_FLAGS, "-I", str(resources.CSRC), "-ptx", str(source)]
+    command += [f"-arch=compute_{architecture}", "-o", str(output)]
+    subprocess.run(command, check=True)
+    found = resources.entries(output.read_text())
+    assert len(found) == len(INSTRUCTIONS)
+    for name, wanted in INSTRUCTIONS.items():
+        (ptx,) = (
+            text for mangled, text in found.items() if re.match(rf"_Z\d+{name}(v|Pf)$", mangled)
+        )
+        has_clusters = re.search(r"barrier\.cluster|mapa", ptx) is not None
+        assert (re.search(r"\btrap\b", ptx) is not None) == (architecture < 90), name
+        assert has_clusters == (architecture >= 90), name
+        assert re.search(wanted, ptx) is not None or architecture < 90, name

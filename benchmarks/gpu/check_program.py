@@ -34,10 +34,9 @@ FAILURES = (CompileError, Missing, Refused)
 
 def sources() -> list[Path]:
     """What the program is made of, the slowest to compile first."""
-    of_kernels = sorted((CSRC / "cuda").glob("kernels_*.cu"))
-    launchers = sorted((CSRC / "cuda").glob("launch_*.cu"))
+    kernels = sorted((CSRC / "cuda").glob("*.cu"), key=lambda path: "kernels_" not in path.name)
     checks = [CHECKS / "check_kernels.cpp", CHECKS / "real_device.cpp"]
-    return [*of_kernels, *launchers, *checks, CSRC / "core" / "plan_cuda.cpp"]
+    return [*kernels, *checks, CSRC / "core" / "plan_cuda.cpp"]
 
 
 def tasks(toolkit: Toolkit, arch: str) -> list[Task]:

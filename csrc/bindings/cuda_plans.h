@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <optional>
 #include <string>
 
@@ -79,6 +80,22 @@ inline DeviceLimits device_from(const py::object& device) {
   throw py::value_error("device should be one of " + known + ", but got '" + name + "'");
 }
 
+// The clusters by their size, from 2 on.
+inline Occupancy occupancy_from(const py::dict& fields) {
+  Occupancy result;
+  result.blocks = fields["blocks"].cast<int>();
+  const auto clusters = fields["clusters"].cast<std::map<int, int>>();
+  for (const auto& [size, count] : clusters) {
+    if (size < 2 || size > kLargestCluster) {
+      throw py::value_error("no cluster has " + std::to_string(size) + " blocks");
+    }
+    result.clusters[size] = count;
+  }
+  result.refused = fields["refused"].cast<bool>();
+  if (result.blocks < 1) throw py::value_error("a multiprocessor should hold at least a block");
+  return result;
+}
+
 // Writes the fields that are given.
 inline void prescribe(CudaPlanOverride* forced, const Name& strategy, const Name& access,
                       std::optional<int> team, std::optional<int> slots, Count unit_channels,
@@ -108,6 +125,7 @@ inline py::dict dict_of(const CudaPlan& plan) {
   result["team"] = plan.team;
   result["slots"] = plan.slots;
   result["stream_stores"] = plan.stream_stores;
+  result["refused"] = plan.refused;
   result["unit_channels"] = plan.unit_channels;
   result["units"] = plan.units;
   result["units_at_once"] = plan.units_at_once;
@@ -123,8 +141,9 @@ inline py::dict cuda_plan(const std::string& layout, const std::string& dtype, s
                           std::int64_t c, std::int64_t s, const std::string& op,
                           const py::object& device, std::optional<bool> reduces, bool cumulative,
                           bool aligned, bool residual, bool masked, int outputs,
-                          const Name& strategy, const Name& access, std::optional<int> team,
-                          std::optional<int> slots, Count unit_channels, Count units_at_once,
+                          const std::optional<py::dict>& occupancy, const Name& strategy,
+                          const Name& access, std::optional<int> team, std::optional<int> slots,
+                          Count unit_channels, Count units_at_once,
                           std::optional<bool> stream_stores) {
   const Problem problem = problem_from(layout, dtype, n, c, s);
   const Pass pass = pass_from(op);
@@ -133,7 +152,10 @@ inline py::dict cuda_plan(const std::string& layout, const std::string& dtype, s
                             masked,     outputs};
   CudaPlanOverride forced = cuda_plan_override();
   prescribe(&forced, strategy, access, team, slots, unit_channels, units_at_once, stream_stores);
-  return dict_of(plan_cuda(request, device_from(device), forced));
+  const DeviceLimits limits = device_from(device);
+  const Occupancy found =
+      occupancy ? occupancy_from(*occupancy) : assumed_occupancy(problem.dtype, limits);
+  return dict_of(plan_cuda(request, limits, found, forced));
 }
 
 inline void define_cuda_plans(py::module_& m) {
@@ -143,9 +165,9 @@ inline void define_cuda_plans(py::module_& m) {
         py::arg("s"), py::arg("op"), py::kw_only(), py::arg("device") = "h100",
         py::arg("reduces") = none, py::arg("cumulative") = false, py::arg("aligned") = true,
         py::arg("residual") = false, py::arg("masked") = false, py::arg("outputs") = 1,
-        py::arg("strategy") = none, py::arg("access") = none, py::arg("team") = none,
-        py::arg("slots") = none, py::arg("unit_channels") = none, py::arg("units_at_once") = none,
-        py::arg("stream_stores") = none,
+        py::arg("occupancy") = none, py::arg("strategy") = none, py::arg("access") = none,
+        py::arg("team") = none, py::arg("slots") = none, py::arg("unit_channels") = none,
+        py::arg("units_at_once") = none, py::arg("stream_stores") = none,
         "How a CUDA call would be cut into work (core/plan_cuda.h). The last seven prescribe.");
   m.def("force_cuda_plan", &force_cuda_plan, py::kw_only(), py::arg("strategy") = none,
         py::arg("access") = none, py::arg("team") = none, py::arg("slots") = none,

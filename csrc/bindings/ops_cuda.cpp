@@ -18,14 +18,13 @@ namespace batchnorm {
 namespace bindings {
 namespace {
 
-// Asked of the driver once for each device: its answers take longer than a small call.
-const DeviceLimits& limits_of(c10::DeviceIndex device) {
-  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
-  static std::array<DeviceLimits, C10_COMPILE_TIME_MAX_GPUS> limits;
-  const auto index = static_cast<std::size_t>(device);
-  std::call_once(asked.at(index),
-                 [&] { C10_CUDA_CHECK(cuda::device_limits(device, &limits[index])); });
-  return limits[index];
+// One for each, for all calls.
+cuda::Device& device_of(c10::DeviceIndex index) {
+  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> opened;
+  static std::array<cuda::Device, C10_COMPILE_TIME_MAX_GPUS> devices;
+  const auto at = static_cast<std::size_t>(index);
+  std::call_once(opened.at(at), [&] { C10_CUDA_CHECK(devices[at].open(index)); });
+  return devices[at];
 }
 
 class CudaBackend {
@@ -48,7 +47,7 @@ class CudaBackend {
   }
   template <typename Call>
   void run(const Call& call) const {
-    C10_CUDA_CHECK(run_cuda(*this, limits_of(device_.index()), stream_, call));
+    C10_CUDA_CHECK(run_cuda(*this, device_of(device_.index()), stream_, call));
   }
   void eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
                        double eps, std::int64_t c, double* mean, double* invstd) const {

@@ -3,7 +3,7 @@
 // Threads, shared memory and clusters are those of the compute capability (CUDA Programming Guide,
 // "Compute Capabilities", technical specifications; 1 KiB of each block's shared memory is reserved
 // from 8.0 on). Multiprocessors and second-level cache are the product's, the cache as the driver
-// states it; cuda::device_limits() asks for all of them.
+// states it; cuda::Device asks for all of them.
 #pragma once
 
 #include "core/plan_cuda.h"

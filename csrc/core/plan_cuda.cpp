@@ -50,9 +50,10 @@ std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) *
 struct Planner {
   const CudaRequest& request;
   const DeviceLimits& device;
+  const Occupancy& occupancy;
   const CudaPlanOverride& forced;
   const Problem& p;
-  Mapping mapping = Mapping::kColumns;
+  Traversal traversal;
   std::int64_t unit_channels = 1;
 
   std::int64_t element() const { return size_of(p.dtype); }
@@ -64,26 +65,34 @@ struct Planner {
     return kCudaThreads * kCellElements * element() * kept_tensors();
   }
   std::int64_t scratch_bytes() const {
-    return cuda_scratch(p, mapping, unit_channels).bytes(accumulate_size());
+    return cuda_scratch(p, traversal.mapping, unit_channels).bytes(accumulate_size());
   }
-  std::int64_t blocks_per_multiprocessor() const {
-    const std::int64_t wanted = p.dtype == DType::kDouble ? 1 : kBlocksPerMultiprocessor;
-    return std::min<std::int64_t>(wanted, device.threads_per_multiprocessor / kCudaThreads);
+  bool may_cooperate() const { return device.cooperative && !occupancy.refused; }
+  // At once. A cluster's blocks have one wave: in a second they would write over what others may
+  // still read.
+  std::int64_t clusters(int size) const {
+    return units() <= kMaxGrid / size ? occupancy.clusters[size] : 0;
   }
-  std::int64_t places() const { return device.multiprocessors * blocks_per_multiprocessor(); }
+  // Blocks on the device at once: of any kind, and in clusters.
+  std::int64_t places() const { return std::int64_t{device.multiprocessors} * occupancy.blocks; }
+  std::int64_t places_of(int cluster) const {
+    return cluster == 1 ? places() : cluster * clusters(cluster);
+  }
+  // The largest cluster that the device takes, of at most so many blocks; 1 is none.
+  int cluster_of(std::int64_t at_most) const {
+    int size = static_cast<int>(std::min<std::int64_t>(at_most, kLargestCluster));
+    while (size > 1 && clusters(size) == 0) --size;
+    return std::max(size, 1);
+  }
 
-  // What a block may have of a multiprocessor's shared memory.
-  std::int64_t shared_room() const {
-    const std::int64_t share = device.shared_per_multiprocessor / blocks_per_multiprocessor();
-    return std::min(share - device.reserved_shared, device.shared_per_block);
-  }
+  std::int64_t room() const { return shared_room(device, occupancy.blocks); }
   std::int64_t slots() const {
-    return std::max<std::int64_t>((shared_room() - scratch_bytes()) / slot_bytes(), 0);
+    return std::max<std::int64_t>((room() - scratch_bytes()) / slot_bytes(), 0);
   }
 
   // The most cells that a thread of a team of so many blocks gets.
   std::int64_t cells(std::int64_t team) const {
-    if (mapping == Mapping::kPlanes) {
+    if (traversal.mapping == Mapping::kPlanes) {
       return divide_up(p.n * divide_up(p.s, kCellElements), kCudaThreads * team);
     }
     const std::int64_t width = unit_channels * columns_per_channel(p);
@@ -100,14 +109,15 @@ struct Planner {
     return std::max<std::int64_t>(cells(1) / each, 1);
   }
 
-  // Tenths of the time in which each thread of a full device moves one cell, for blocks of which
-  // each takes the place of another and pauses so often.
-  std::int64_t time_of(std::int64_t blocks, std::int64_t cells_each, std::int64_t pauses) const {
-    const std::int64_t rest = blocks % places();
+  // Tenths of the time in which each thread of a full device moves one cell, for blocks that pause
+  // so often and of which each takes the place of another, of as many as are at work at once.
+  std::int64_t time_of(std::int64_t blocks, std::int64_t at_once, std::int64_t cells_each,
+                       std::int64_t pauses) const {
+    const std::int64_t rest = blocks % at_once;
     const std::int64_t last =
         rest == 0 ? 0 : std::max(divide_up(10 * rest, places()), kSaturatingTenths);
-    return (10 * (blocks / places()) + last) * cells_each +
-           10 * divide_up(blocks, places()) * pauses * pause();
+    return (10 * (blocks / at_once) + last) * cells_each +
+           10 * divide_up(blocks, at_once) * pauses * pause();
   }
 
   // A way to work on units that stay on the chip. team 0: there is none.
@@ -122,11 +132,11 @@ struct Planner {
     Way best = {Strategy::kBlock, 0, 0};
     if (!may_stay_apart()) return best;
     const std::int64_t held = slots(), useful = useful_team();
-    for (std::int64_t team = 1; team <= device.max_cluster; team *= 2) {
-      const std::int64_t each = cells(team);
-      if (each > held) continue;
+    for (int team = 1; team <= kLargestCluster; team *= 2) {
+      const std::int64_t each = cells(team), at_once = places_of(team);
+      if (each > held || at_once == 0) continue;
       if (best.team > 0 && team > useful) break;
-      const std::int64_t time = time_of(units() * team, each, 1);
+      const std::int64_t time = time_of(units() * team, at_once, each, 1);
       if (best.team > 0 && time >= best.time) continue;
       best = {team == 1 ? Strategy::kBlock : Strategy::kCluster, team, time};
     }
@@ -143,13 +153,13 @@ struct Planner {
     return divide_up(units(), divide_up(units(), at_once));
   }
   Way together() const {
-    const std::int64_t held = device.cooperative ? grid_units() : 0;
+    const std::int64_t held = may_cooperate() ? grid_units() : 0;
     if (held == 0) return {Strategy::kGrid, 0, 0};
     const std::int64_t at_once = even_wave(held);
     const std::int64_t team = std::min(useful_team(), places() / at_once);
     const std::int64_t pauses = shares_out(Strategy::kGrid, team, unit_channels) ? 3 : 2;
     return {Strategy::kGrid, team,
-            divide_up(units(), at_once) * time_of(at_once * team, cells(team), pauses)};
+            divide_up(units(), at_once) * time_of(at_once * team, places(), cells(team), pauses)};
   }
 
   // The times are rough, and a cooperative launch keeps others off the device: together only where
@@ -160,22 +170,18 @@ struct Planner {
     return second.team > 0 && 5 * second.time < 4 * first.time ? second : first;
   }
 
-  void choose_mapping() {
+  void choose_unit() {
     if (p.layout == Layout::kChannelsFirst) {
-      unit_channels = expanded_channels(p);
-      if (unit_channels == 0) {
-        mapping = Mapping::kPlanes;
-        unit_channels = 1;
-      }
+      unit_channels = std::max<std::int64_t>(expanded_channels(p), 1);
       return;
     }
     if (forced.unit_channels <= 0) {
       unit_channels = group_of_channels();
       return;
     }
-    unit_channels = std::min({round_up(forced.unit_channels, kCellElements), p.c,
-                              std::int64_t{kCudaThreads} * kCellElements});
-    while (scratch_bytes() > shared_room()) {
+    unit_channels =
+        std::min({round_up(forced.unit_channels, kCellElements), p.c, std::int64_t{kCudaThreads}});
+    while (scratch_bytes() > room()) {
       unit_channels = round_up(unit_channels / 2, kCellElements);
     }
   }
@@ -201,7 +207,7 @@ struct Planner {
     std::int64_t best = 0, best_time = 0, cached = 0;
     for (const Group& group : kGroups) {
       unit_channels = group_of(group.bytes);
-      if (cached == 0 && device.cooperative && is_cached()) cached = unit_channels;
+      if (cached == 0 && may_cooperate() && is_cached()) cached = unit_channels;
       const Way way = resident();
       const std::int64_t time = way.time * group.percent;
       if (way.team == 0 || (best > 0 && time >= best_time)) continue;
@@ -221,7 +227,7 @@ struct Planner {
     const Way way = resident();
     *team = std::max<std::int64_t>(way.team, 1);
     if (way.team > 0) return way.strategy;
-    return device.cooperative ? Strategy::kGrid : Strategy::kTwoKernels;
+    return may_cooperate() ? Strategy::kGrid : Strategy::kTwoKernels;
   }
 
   bool can_follow(Strategy wanted) const {
@@ -230,19 +236,12 @@ struct Planner {
       case Strategy::kBlock:
         return may_stay_apart();
       case Strategy::kCluster:
-        return may_stay_apart() && device.max_cluster > 1;
+        return may_stay_apart() && cluster_of(kLargestCluster) > 1;
       case Strategy::kGrid:
-        return device.cooperative;
+        return may_cooperate();
       default:
         return wanted == Strategy::kTwoKernels;
     }
-  }
-
-  bool is_vector() const {
-    const std::int64_t row = mapping == Mapping::kPlanes          ? p.s
-                             : p.layout == Layout::kChannelsFirst ? p.c * p.s
-                                                                  : p.c;
-    return request.aligned && row % kCellElements == 0;
   }
 
   // Blocks where nothing stays on the chip: so many that the device is full, in several turns where
@@ -257,7 +256,9 @@ struct Planner {
   void cut(CudaPlan* plan) const {
     if (plan->strategy == Strategy::kGrid) return cut_grid(plan);
     plan->units_at_once = std::min(units(), kMaxGrid / plan->team);
-    if (forced.units_at_once > 0) plan->units_at_once = std::min(forced.units_at_once, units());
+    if (forced.units_at_once > 0 && plan->strategy != Strategy::kCluster) {
+      plan->units_at_once = std::min(forced.units_at_once, units());
+    }
     const bool keeps = plan->strategy == Strategy::kBlock || plan->strategy == Strategy::kCluster;
     plan->slots = keeps ? static_cast<int>(std::min(slots(), cells(plan->team))) : 0;
   }
@@ -300,27 +301,25 @@ struct Planner {
   }
 
   CudaPlan plan() {
-    choose_mapping();
+    choose_unit();
     CudaPlan plan{};
     std::int64_t team = 1;
     plan.strategy = choose_strategy(&team);
     if (forced.strategy >= 0 && can_follow(static_cast<Strategy>(forced.strategy))) {
       plan.strategy = static_cast<Strategy>(forced.strategy);
-      team = plan.strategy == Strategy::kCluster ? std::clamp(device.max_cluster, 1, 2) : 1;
+      team = plan.strategy == Strategy::kCluster ? cluster_of(2) : 1;
     }
     if (plan.strategy == Strategy::kSinglePass || plan.strategy == Strategy::kTwoKernels) {
       team = spread_team();
     }
     if (forced.team > 0 && plan.strategy != Strategy::kBlock) {
-      const int most = plan.strategy == Strategy::kCluster ? device.max_cluster : kCudaThreads;
-      team = std::min(forced.team, most);
+      team = plan.strategy == Strategy::kCluster ? cluster_of(forced.team)
+                                                 : std::min(forced.team, kCudaThreads);
     }
     plan.team = static_cast<int>(std::max<std::int64_t>(team, 1));
-    plan.mapping = mapping;
-    plan.access = is_vector() ? Access::kVector : Access::kScalar;
-    if (forced.access >= 0 && static_cast<Access>(forced.access) == Access::kScalar) {
-      plan.access = Access::kScalar;
-    }
+    plan.mapping = traversal.mapping;
+    plan.access = traversal.access;
+    plan.refused = occupancy.refused;
     plan.unit_channels = unit_channels;
     plan.units = units();
     cut(&plan);
@@ -351,9 +350,36 @@ std::int64_t expanded_channels(const Problem& p) {
   return found > 1 ? found : 0;
 }
 
+Traversal traversal_of(const CudaRequest& request, const CudaPlanOverride& forced) {
+  const Problem& p = request.problem;
+  const bool first = p.layout == Layout::kChannelsFirst;
+  const bool planes = first && expanded_channels(p) == 0;
+  const std::int64_t row = planes ? p.s : first ? p.c * p.s : p.c;
+  const bool scalar = forced.access == static_cast<int>(Access::kScalar);
+  const bool vector = request.aligned && row % kCellElements == 0;
+  return {planes ? Mapping::kPlanes : Mapping::kColumns,
+          vector && !scalar ? Access::kVector : Access::kScalar};
+}
+
+std::int64_t shared_room(const DeviceLimits& device, int blocks) {
+  const std::int64_t share = device.shared_per_multiprocessor / blocks;
+  return std::min(share - device.reserved_shared, device.shared_per_block);
+}
+
+Occupancy assumed_occupancy(DType dtype, const DeviceLimits& device) {
+  Occupancy result;
+  result.blocks = std::min(dtype == DType::kDouble ? 1 : kBlocksPerMultiprocessor,
+                           device.threads_per_multiprocessor / kCudaThreads);
+  for (int size = 2; size <= std::min(device.max_cluster, kLargestCluster); ++size) {
+    result.clusters[size] = device.multiprocessors * result.blocks / size;
+  }
+  return result;
+}
+
 CudaPlan plan_cuda(const CudaRequest& request, const DeviceLimits& device,
-                   const CudaPlanOverride& forced) {
-  Planner planner{request, device, forced, request.problem};
+                   const Occupancy& occupancy, const CudaPlanOverride& forced) {
+  Planner planner{request, device,          occupancy,
+                  forced,  request.problem, traversal_of(request, forced)};
   return planner.plan();
 }
 

@@ -6,6 +6,7 @@
 // again, last ones first.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "core/plan.h"
@@ -13,7 +14,7 @@
 
 namespace batchnorm {
 
-// What is asked of a device. cuda::device_limits() reads it from the one at hand.
+// What is asked of a device. cuda::Device reads it from the one at hand.
 struct DeviceLimits {
   int compute_capability;  // 90 for 9.0
   int multiprocessors;
@@ -24,6 +25,16 @@ struct DeviceLimits {
   std::int64_t l2;               // bytes
   int max_cluster;               // blocks; 1 where there are no clusters
   bool cooperative;              // a grid barrier is possible
+};
+
+// What a kernel finds on a device. cuda::Device asks the driver; assumed_occupancy() is for devices
+// that are not at hand.
+constexpr int kLargestCluster = 8;  // that every device with clusters takes
+struct Occupancy {
+  int blocks = 0;  // on a multiprocessor at once, each with all the shared memory it may have
+  // By their size: clusters on the device at once, 0 where it doesn't take them.
+  std::array<int, kLargestCluster + 1> clusters = {};
+  bool refused = false;  // a cooperative launch that should have fitted: others hold the device
 };
 
 // kPlanes   channels-first: a unit is one channel; a cell lies within one plane.
@@ -61,6 +72,12 @@ struct CudaRequest {
   int outputs;      // tensors written: y; dx, dresidual
 };
 
+// What a kernel is compiled for: by the call alone, so that the kernel is known before its plan.
+struct Traversal {
+  Mapping mapping;
+  Access access;
+};
+
 struct CudaPlan {
   Mapping mapping;
   Access access;
@@ -68,7 +85,8 @@ struct CudaPlan {
   int team;                    // blocks for each unit
   int slots;                   // cells of each thread that stay in shared memory
   bool stream_stores;          // stores that ask to leave the second-level cache first
-  std::int64_t unit_channels;  // the last unit may have fewer
+  bool refused;                // made without cooperation, since a launch with it was refused
+  std::int64_t unit_channels;  // at most kCudaThreads; the last unit may have fewer
   std::int64_t units;
   std::int64_t units_at_once;  // of a wave; kGrid alone has several waves
   std::int64_t shared_bytes;   // of a block
@@ -136,7 +154,15 @@ BATCHNORM_HOST_DEVICE constexpr bool shares_out(Strategy strategy, std::int64_t 
   return strategy == Strategy::kGrid && team * unit_channels > kPartialsForEach;
 }
 
+Traversal traversal_of(const CudaRequest& request, const CudaPlanOverride& forced);
+
+// Bytes that each of so many blocks on a multiprocessor may ask for.
+std::int64_t shared_room(const DeviceLimits& device, int blocks);
+
+// What the kernels of a dtype are compiled for, and clusters wherever blocks are.
+Occupancy assumed_occupancy(DType dtype, const DeviceLimits& device);
+
 CudaPlan plan_cuda(const CudaRequest& request, const DeviceLimits& device,
-                   const CudaPlanOverride& forced = {});
+                   const Occupancy& occupancy, const CudaPlanOverride& forced);
 
 }  // namespace batchnorm

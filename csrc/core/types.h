@@ -46,7 +46,7 @@ struct Problem {
   std::int64_t numel() const { return n * c * s; }
 };
 
-inline int size_of(DType dtype) {
+BATCHNORM_HOST_DEVICE inline int size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat:
       return 4;

@@ -87,16 +87,38 @@ class Gradients {
 
   __device__ const Scratch<A>& scratch() const { return scratch_; }
 
-  // Per-channel values that both passes need.
-  __device__ void prepare() const {
-    for (int c = threadIdx.x; c < unit_.channels; c += kCudaThreads) {
-      const std::int64_t at = unit_.first_channel + c;
-      write_affine(scratch_.finals() + c * kFinalValues, a_.call.mean[at], a_.call.invstd[at],
-                   load_value(a_.call.weight, at, 1), load_value(a_.call.bias, at, 0));
+  // What was saved of a channel.
+  struct Saved {
+    double mean, invstd;
+  };
+  __device__ Saved saved_of(int channel) const {
+    const std::int64_t c = unit_.first_channel + channel;
+    return {a_.call.mean[c], a_.call.invstd[c]};
+  }
+
+  // Per-channel values that both passes need. All are on their way at once, beside the first cells.
+  __device__ Saved prepare(int channel) const {
+    const std::int64_t c = unit_.first_channel + channel;
+    const RawValue weight = load_raw(a_.call.weight, c), bias = load_raw(a_.call.bias, c);
+    const Saved saved = saved_of(channel);
+    write_affine(scratch_.finals() + channel * kFinalValues, saved.mean, saved.invstd,
+                 widen(a_.call.weight, weight, 1), widen(a_.call.bias, bias, 0));
+    return saved;
+  }
+
+  // No thread gets beyond the channels' values before they are there, but its cells may be fetched.
+  __device__ void prefetch_first() const {
+    WalkType walk = walk_;
+    for (int i = 0; i < min(kAtOnce, walk.count()); ++i, walk.forward()) {
+      const std::int64_t offset = walk.place().offset;
+      prefetch(static_cast<const T*>(a_.call.x) + offset);
+      prefetch(static_cast<const T*>(a_.call.dy) + offset);
     }
   }
 
-  __device__ void reduce(A* to) {
+  // What was saved of the channel `own` (-1: none) is needed next: it is read again, on its way
+  // while the threads meet, since the pass itself has no registers to keep it.
+  __device__ Saved reduce(int own, const Exchange<A>& exchange) {
     Affine<A, kLanes> affine;
     load_finals(walk_, scratch_.finals(), affine.values);
     Partial<A, kLanes> partial;
@@ -119,31 +141,30 @@ class Gradients {
         GradientSums::add(&partial, dz_of(affine, cells[j], centered), centered, places[j].valid);
       }
     });
-    reduce_block<GradientSums>(walk_, partial, scratch_, to);
+    const Saved saved = own >= 0 ? saved_of(own) : Saved{};
+    reduce_block<GradientSums>(walk_, partial, scratch_, exchange.mine(unit_.rank));
+    return saved;
   }
 
   // Sums of a channel -> the parameters' gradients and the second pass' values.
-  __device__ void finish(int channel, const Partial<A, 1>& total) const {
+  __device__ void finish(int channel, const Saved& saved, const Partial<A, 1>& total) const {
     const Backward& call = a_.call;
     const std::int64_t c = unit_.first_channel + channel;
     const double n = static_cast<double>(call.problem.per_channel());
-    const double dz = total.first[0], invstd = call.invstd[c];
-    const double lost = lost_of(channel);
-    const double dz_deviation = total.second[0] - lost * dz;  // sum(dz * (x - mean))
-    write_input_terms(channel, dz, invstd * dz_deviation, n);
+    const double dz = total.first[0];
+    // sum(dz * (x - mean))
+    const double dz_deviation = total.second[0] - lost_of(channel, saved) * dz;
+    write_input_terms(channel, saved, dz, saved.invstd * dz_deviation, n);
     if (unit_.rank != 0) return;
     store_value(call.dbias, c, dz);
-    store_value(call.dweight, c, invstd * dz_deviation);
+    store_value(call.dweight, c, saved.invstd * dz_deviation);
   }
 
   // The sums over all ranks instead of those of a reduction.
-  __device__ void use_totals() const {
-    const std::int64_t all = a_.call.problem.c;
+  __device__ void use_totals(int channel, const Saved& saved) const {
+    const std::int64_t all = a_.call.problem.c, c = unit_.first_channel + channel;
     const double* const totals = a_.call.totals;
-    for (int channel = threadIdx.x; channel < unit_.channels; channel += kCudaThreads) {
-      const std::int64_t c = unit_.first_channel + channel;
-      write_input_terms(channel, totals[all + c], totals[c], totals[2 * all]);
-    }
+    write_input_terms(channel, saved, totals[all + c], totals[c], totals[2 * all]);
   }
 
   // From the last cell to the first, as in forward.
@@ -170,15 +191,16 @@ class Gradients {
 
  private:
   // What center's rounding took from the mean.
-  __device__ double lost_of(int channel) const {
+  __device__ double lost_of(int channel, const Saved& saved) const {
     const double center = scratch_.finals()[channel * kFinalValues];
-    return a_.call.mean[unit_.first_channel + channel] - center;
+    return saved.mean - center;
   }
-  __device__ void write_input_terms(int channel, double dbias, double dweight, double n) const {
+  __device__ void write_input_terms(int channel, const Saved& saved, double dbias, double dweight,
+                                    double n) const {
     A* const finals = scratch_.finals() + channel * kFinalValues;
-    const double slope = -a_.call.invstd[unit_.first_channel + channel] * dweight / n;
+    const double slope = -saved.invstd * dweight / n;
     finals[3] = static_cast<A>(slope);
-    finals[4] = static_cast<A>(-dbias / n - lost_of(channel) * slope);
+    finals[4] = static_cast<A>(-dbias / n - lost_of(channel, saved) * slope);
   }
 
   struct Cells {
@@ -251,25 +273,27 @@ template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
 __global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
     backward_kernel(const __grid_constant__ BackwardArguments a) {
   using A = Accumulate<T>;
+  using Block = Gradients<T, kMapping, kAccess, kSmooth>;
   const Geometry& g = a.geometry;
   for (int wave = 0; wave * g.units_at_once < g.units; ++wave) {
     const std::int64_t index = wave * g.units_at_once + blockIdx.x / g.team;
-    const bool active = index < g.units;
-    const Unit unit = unit_at(g, active ? index : 0, static_cast<int>(blockIdx.x % g.team));
-    Gradients<T, kMapping, kAccess, kSmooth> gradients(a, unit, dynamic_shared<char>());
+    const Unit unit = unit_at(g, index, static_cast<int>(blockIdx.x % g.team));
+    Block gradients(a, unit, dynamic_shared<char>());
     const Exchange<A> exchange(g, gradients.scratch(), static_cast<A*>(a.workspace), wave);
-    if (active) gradients.prepare();
+    const int own = exchange.own_channel(unit);
+    typename Block::Saved saved = {};
+    if (unit.exists() && a.reduce) gradients.prefetch_first();
+    if (own >= 0) saved = gradients.prepare(own);
     __syncthreads();
-    if (active && a.reduce) gradients.reduce(exchange.mine(unit.rank));
-    if (a.reduce) exchange.template meet<GradientSums>(unit, active, gradients.scratch());
-    if (active && a.apply && a.call.reduces()) {
-      exchange.template gather<GradientSums>(
-          unit, [&](int channel, const Partial<A, 1>& total) { gradients.finish(channel, total); });
-    } else if (active && a.call.totals) {
-      gradients.use_totals();
-    }
+    if (unit.exists() && a.reduce) saved = gradients.reduce(own, exchange);
+    if (a.reduce) exchange.template meet<GradientSums>(unit);
+    Partial<A, 1> total;
+    const bool has_sums = a.apply && a.call.reduces();
+    if (has_sums) total = exchange.template gather<GradientSums>(unit);
+    if (own >= 0 && has_sums) gradients.finish(own, saved, total);
+    if (own >= 0 && a.call.totals) gradients.use_totals(own, saved);
     have_gathered(g.strategy);
-    if (active && a.apply && (a.call.dx || a.call.dresidual)) gradients.apply();
+    if (unit.exists() && a.apply && (a.call.dx || a.call.dresidual)) gradients.apply();
     leave(g.strategy);
   }
 }

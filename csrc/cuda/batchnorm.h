@@ -1,22 +1,24 @@
-// Batch normalization on CUDA devices: what the bindings call. Device pointers in, an error out; no
-// torch. Nothing here allocates, synchronises or throws.
+// Batch normalization on CUDA devices: what the bindings call, by run() of run.h. Device pointers
+// in, an error out; no torch. Nothing here allocates, synchronises or throws.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include "core/calls.h"
-#include "core/plan_cuda.h"
+#include "cuda/occupancy.h"
 
 namespace batchnorm {
 namespace cuda {
 
-// workspace: plan.workspace_bytes of device memory, aligned to 16 bytes, of no content, that no
-// other call uses before this one has run on the stream. The current device must be the stream's.
-cudaError_t forward_train(const ForwardTrain& call, const CudaPlan& plan, void* workspace,
-                          cudaStream_t stream);
-cudaError_t forward_eval(const ForwardEval& call, const CudaPlan& plan, cudaStream_t stream);
-cudaError_t backward(const Backward& call, const CudaPlan& plan, void* workspace,
-                     cudaStream_t stream);
+// plan: for the occupancy of kernel_of(call, ...), asked before. workspace: plan.workspace_bytes of
+// device memory, aligned to 16 bytes, of no content, that no other call uses before this one has
+// run on the stream. The current device must be the stream's.
+cudaError_t enqueue(const ForwardTrain& call, const CudaPlan& plan, void* workspace,
+                    cudaStream_t stream);
+cudaError_t enqueue(const ForwardEval& call, const CudaPlan& plan, void* workspace,
+                    cudaStream_t stream);
+cudaError_t enqueue(const Backward& call, const CudaPlan& plan, void* workspace,
+                    cudaStream_t stream);
 // mean = running_mean, invstd = 1 / sqrt(running_var + eps), [c].
 cudaError_t eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
                             double eps, std::int64_t c, double* mean, double* invstd,
@@ -29,8 +31,9 @@ CudaRequest request_of(const ForwardTrain& call);
 CudaRequest request_of(const ForwardEval& call);
 CudaRequest request_of(const Backward& call);
 
-// Of a device; asks the driver at each call, so keep the answer.
-cudaError_t device_limits(int device, DeviceLimits* limits);
+Kernel kernel_of(const ForwardTrain& call, const Traversal& traversal);
+Kernel kernel_of(const ForwardEval& call, const Traversal& traversal);
+Kernel kernel_of(const Backward& call, const Traversal& traversal);
 
 }  // namespace cuda
 }  // namespace batchnorm

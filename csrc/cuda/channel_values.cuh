@@ -8,20 +8,46 @@
 namespace batchnorm {
 namespace cuda {
 
-__device__ inline double load_value(const ChannelValues& values, std::int64_t channel,
-                                    double otherwise) {
-  if (!values.data) return otherwise;
+__device__ inline void prefetch(const ChannelValues& values, std::int64_t channel) {
+  if (!values.data) return;
+  prefetch(static_cast<const char*>(values.data) + channel * values.stride * size_of(values.dtype));
+}
+
+// A value as it lies in memory. Several are on their way at once, as long as none is widened.
+struct RawValue {
+  std::uint64_t bits;
+};
+__device__ inline RawValue load_raw(const ChannelValues& values, std::int64_t channel) {
+  if (!values.data) return {0};
   const std::int64_t at = channel * values.stride;
   switch (values.dtype) {
     case DType::kFloat:
-      return static_cast<const float*>(values.data)[at];
+      return {__float_as_uint(static_cast<const float*>(values.data)[at])};
     case DType::kDouble:
-      return static_cast<const double*>(values.data)[at];
+      return {static_cast<std::uint64_t>(
+          __double_as_longlong(static_cast<const double*>(values.data)[at]))};
     case DType::kBFloat16:
-      return widen(static_cast<const BFloat16*>(values.data)[at]);
+      return {static_cast<const BFloat16*>(values.data)[at].bits};
     default:
-      return widen(static_cast<const Half*>(values.data)[at]);
+      return {static_cast<const Half*>(values.data)[at].bits};
   }
+}
+__device__ inline double widen(const ChannelValues& values, RawValue raw, double otherwise) {
+  if (!values.data) return otherwise;
+  switch (values.dtype) {
+    case DType::kFloat:
+      return __uint_as_float(static_cast<unsigned>(raw.bits));
+    case DType::kDouble:
+      return __longlong_as_double(static_cast<long long>(raw.bits));
+    case DType::kBFloat16:
+      return widen(BFloat16{static_cast<std::uint16_t>(raw.bits)});
+    default:
+      return widen(Half{static_cast<std::uint16_t>(raw.bits)});
+  }
+}
+__device__ inline double load_value(const ChannelValues& values, std::int64_t channel,
+                                    double otherwise) {
+  return widen(values, load_raw(values, channel), otherwise);
 }
 
 __device__ inline void store_value(const ChannelValues& values, std::int64_t channel,
@@ -43,16 +69,18 @@ __device__ inline void store_value(const ChannelValues& values, std::int64_t cha
   }
 }
 
-__device__ inline void move(const ChannelValues& running, std::int64_t c, double batch,
-                            double momentum) {
-  store_value(running, c, (1 - momentum) * load_value(running, c, 0) + momentum * batch);
+__device__ inline double moved(double before, double batch, double momentum) {
+  return (1 - momentum) * before + momentum * batch;
 }
 
 __device__ inline void move(const RunningStatistics& running, std::int64_t c,
                             const batchnorm::Moments& batch, double momentum) {
   if (!running.are_moved_by(batch)) return;
-  move(running.mean, c, batch.mean, momentum);
-  if (batch.count > 1) move(running.var, c, batch.m2 / (batch.count - 1), momentum);
+  const RawValue mean = load_raw(running.mean, c), var = load_raw(running.var, c);
+  store_value(running.mean, c, moved(widen(running.mean, mean, 0), batch.mean, momentum));
+  if (batch.count <= 1) return;
+  const double variance = batch.m2 / (batch.count - 1);
+  store_value(running.var, c, moved(widen(running.var, var, 0), variance, momentum));
 }
 
 // What a batch weighs that is yet to be counted, or was already.

@@ -43,9 +43,32 @@ class Forward {
 
   __device__ const Scratch<A>& scratch() const { return scratch_; }
 
+  // Begins to fetch what will be needed of a channel once x was read.
+  __device__ void prefetch_parameters(int channel) const {
+    const std::int64_t c = unit_.first_channel + channel;
+    prefetch(a_.call.weight, c);
+    prefetch(a_.call.bias, c);
+    if (unit_.rank != 0) return;
+    prefetch(a_.call.running.mean, c);
+    prefetch(a_.call.running.var, c);
+  }
+
+  // What a channel is finished with. All are on their way at once, and widened when they are
+  // needed.
+  struct Parameters {
+    RawValue weight, bias;
+    T first;
+  };
+  __device__ Parameters parameters_of(int channel) const {
+    const std::int64_t c = unit_.first_channel + channel;
+    return {load_raw(a_.call.weight, c), load_raw(a_.call.bias, c),
+            x_[c * a_.geometry.columns_per_channel]};
+  }
+
   // First pass: moments of x - (the channel's first element), so that no digits are lost to a
-  // large mean.
-  __device__ void reduce(A* to) {
+  // large mean. The parameters of the channel `own` (-1: none) are needed next: they are on their
+  // way while the threads meet, since the pass itself has no registers for them.
+  __device__ Parameters reduce(int own, const Exchange<A>& exchange) {
     A shift[kLanes];
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) shift[l] = first_element(walk_.channel_of(l));
@@ -70,32 +93,45 @@ class Forward {
       }
       Moments::add(&partial, x, valid);
     });
-    reduce_block<Moments>(walk_, partial, scratch_, to);
+    const Parameters parameters = own >= 0 ? parameters_of(own) : Parameters{};
+    reduce_block<Moments>(walk_, partial, scratch_, exchange.mine(unit_.rank));
+    return parameters;
   }
 
-  // Moments of a channel -> what is saved, the running statistics and the second pass' values.
-  __device__ void finish(int channel, const Partial<A, 1>& total, double momentum) const {
+  struct Statistics {
+    double mean, m2, invstd;
+  };
+
+  // Moments of a channel -> its statistics and the second pass' values.
+  __device__ Statistics finish(int channel, const Parameters& parameters,
+                               const Partial<A, 1>& total) const {
+    const double n = static_cast<double>(a_.call.problem.per_channel());
+    const double mean = static_cast<double>(widen(parameters.first)) + total.first[0];
+    const double m2 = total.second[0];
+    const double invstd = 1 / sqrt(m2 / n + a_.call.eps);
+    write_finals(channel, parameters, mean, invstd);
+    return {mean, m2, invstd};
+  }
+
+  // Nobody waits for what is saved, nor for the running statistics.
+  __device__ void record(int channel, const Statistics& batch, double momentum) const {
     const ForwardTrain& call = a_.call;
     const std::int64_t c = unit_.first_channel + channel;
+    call.mean[c] = batch.mean;
+    if (call.invstd) call.invstd[c] = batch.invstd;
+    if (call.m2) call.m2[c] = batch.m2;
     const double n = static_cast<double>(call.problem.per_channel());
-    const double mean = static_cast<double>(first_element(channel)) + total.first[0];
-    const double m2 = total.second[0];
-    const double invstd = 1 / sqrt(m2 / n + call.eps);
-    write_finals(channel, mean, invstd);
-    if (unit_.rank != 0) return;
-    call.mean[c] = mean;
-    if (call.invstd) call.invstd[c] = invstd;
-    if (call.m2) call.m2[c] = m2;
-    move(call.running, c, {mean, m2, n}, momentum);
+    move(call.running, c, {batch.mean, batch.m2, n}, momentum);
   }
 
   // Inference: the running statistics -> the second pass' values.
-  __device__ void use_running_statistics() const {
-    for (int c = threadIdx.x; c < unit_.channels; c += kCudaThreads) {
-      const std::int64_t at = unit_.first_channel + c;
-      const double variance = load_value(a_.call.running.var, at, 1);
-      write_finals(c, load_value(a_.call.running.mean, at, 0), 1 / sqrt(variance + a_.call.eps));
-    }
+  __device__ void use_running_statistics(int channel, const Parameters& parameters) const {
+    const RunningStatistics& running = a_.call.running;
+    const std::int64_t c = unit_.first_channel + channel;
+    const RawValue mean = load_raw(running.mean, c), var = load_raw(running.var, c);
+    const double variance = widen(running.var, var, 1);
+    write_finals(channel, parameters, widen(running.mean, mean, 0),
+                 1 / sqrt(variance + a_.call.eps));
   }
 
   // Second pass, from the last cell to the first: what does not stay in shared memory was read last
@@ -131,10 +167,11 @@ class Forward {
   __device__ A first_element(int channel) const {
     return widen(x_[(unit_.first_channel + channel) * a_.geometry.columns_per_channel]);
   }
-  __device__ void write_finals(int channel, double mean, double invstd) const {
-    const std::int64_t c = unit_.first_channel + channel;
+  __device__ void write_finals(int channel, const Parameters& parameters, double mean,
+                               double invstd) const {
     write_affine(scratch_.finals() + channel * kFinalValues, mean, invstd,
-                 load_value(a_.call.weight, c, 1), load_value(a_.call.bias, c, 0));
+                 widen(a_.call.weight, parameters.weight, 1),
+                 widen(a_.call.bias, parameters.bias, 0));
   }
 
   __device__ void write(const Affine<A, kLanes>& affine, const Place& place, const Cell<T>& x,
@@ -169,28 +206,31 @@ template <typename T, Mapping kMapping, Access kAccess, bool kSmooth>
 __global__ void __launch_bounds__(kCudaThreads, kBlocksAtOnce<T>)
     forward_kernel(const __grid_constant__ ForwardArguments a) {
   using A = Accumulate<T>;
+  using Block = Forward<T, kMapping, kAccess, kSmooth>;
   const Geometry& g = a.geometry;
   const double momentum = momentum_of(a);
   for (int wave = 0; wave * g.units_at_once < g.units; ++wave) {
     const std::int64_t index = wave * g.units_at_once + blockIdx.x / g.team;
-    const bool active = index < g.units;
-    const Unit unit = unit_at(g, active ? index : 0, static_cast<int>(blockIdx.x % g.team));
-    Forward<T, kMapping, kAccess, kSmooth> forward(a, unit, dynamic_shared<char>());
+    const Unit unit = unit_at(g, index, static_cast<int>(blockIdx.x % g.team));
+    Block forward(a, unit, dynamic_shared<char>());
     const Exchange<A> exchange(g, forward.scratch(), static_cast<A*>(a.workspace), wave);
-    if (active && a.reduce) forward.reduce(exchange.mine(unit.rank));
-    if (a.reduce) exchange.template meet<Moments>(unit, active, forward.scratch());
+    const int own = a.apply ? exchange.own_channel(unit) : -1;
+    typename Block::Parameters parameters = {};
+    if (own >= 0 && a.reduce) forward.prefetch_parameters(own);
+    if (unit.exists() && a.reduce) parameters = forward.reduce(own, exchange);
+    if (own >= 0 && !a.reduce) parameters = forward.parameters_of(own);
+    if (a.reduce) exchange.template meet<Moments>(unit);
     if (a.reduce && wave == 0 && blockIdx.x == 0 && threadIdx.x == 0 &&
         a.call.running.num_batches_tracked)
       ++*a.call.running.num_batches_tracked;
-    if (active && a.apply && a.training) {
-      exchange.template gather<Moments>(unit, [&](int channel, const Partial<A, 1>& total) {
-        forward.finish(channel, total, momentum);
-      });
-    } else if (active && a.apply) {
-      forward.use_running_statistics();
-    }
+    Partial<A, 1> total;
+    typename Block::Statistics batch = {};
+    if (a.apply && a.training) total = exchange.template gather<Moments>(unit);
+    if (own >= 0 && a.training) batch = forward.finish(own, parameters, total);
+    if (own >= 0 && !a.training) forward.use_running_statistics(own, parameters);
     have_gathered(g.strategy);
-    if (active && a.apply && a.call.y) forward.apply();
+    if (own >= 0 && a.training && unit.rank == 0) forward.record(own, batch, momentum);
+    if (unit.exists() && a.apply && a.call.y) forward.apply();
     leave(g.strategy);
   }
 }

@@ -12,20 +12,27 @@ struct Geometry {
   Strategy strategy;
   int team, slots;
   bool stream_stores;
+  bool is_shared_out;         // among the blocks of a team (shares_out), their partial results
+  bool is_gathered_by_warps;  // where totals are not there yet; a thread alone would wait for them
   std::int64_t unit_channels, units, units_at_once;
   // kColumns: a unit's matrix. Its row r begins at element r * row_stride + first channel *
   // columns_per_channel, its mask at byte r * mask_stride + (the same channel's) / 8.
   std::int64_t rows, row_stride, columns_per_channel, mask_stride;
 };
 
+constexpr int kGatheredByOne = 8;  // partial results
+
 inline Geometry geometry_of(const Problem& p, const CudaPlan& plan) {
   const bool first = p.layout == Layout::kChannelsFirst;
   const std::int64_t columns = columns_per_channel(p);
+  const bool shared_out = shares_out(plan.strategy, plan.team, plan.unit_channels);
   return {p,
           plan.strategy,
           plan.team,
           plan.slots,
           plan.stream_stores,
+          shared_out,
+          !shared_out && plan.team > kGatheredByOne,
           plan.unit_channels,
           plan.units,
           plan.units_at_once,
@@ -35,16 +42,20 @@ inline Geometry geometry_of(const Problem& p, const CudaPlan& plan) {
           first ? p.c * columns / kCellElements : mask_row_bytes(p)};
 }
 
-// A unit's channels, and a block's place in the team that works on it.
+// A unit's channels, and a block's place in the team that works on it. Of the last wave's blocks
+// some have none: they only meet the others.
 struct Unit {
-  std::int64_t index, first_channel;
+  std::int64_t first_channel;
   int channels, rank;
+
+  __device__ bool exists() const { return channels > 0; }
 };
 
 __device__ inline Unit unit_at(const Geometry& g, std::int64_t index, int rank) {
+  if (index >= g.units) return {0, 0, rank};
   const std::int64_t first = index * g.unit_channels;
   const std::int64_t left = g.problem.c - first;
-  return {index, first, static_cast<int>(left < g.unit_channels ? left : g.unit_channels), rank};
+  return {first, static_cast<int>(left < g.unit_channels ? left : g.unit_channels), rank};
 }
 
 struct Place {
@@ -124,7 +135,7 @@ class ColumnsWalk {
 
   __device__ ColumnsWalk(const Geometry& g, const Unit& unit)
       : g_(g),
-        width_(static_cast<int>(unit.channels * g.columns_per_channel)),
+        width_(static_cast<int>(max(unit.channels, 1) * g.columns_per_channel)),
         cells_((width_ + kCellElements - 1) / kCellElements),
         groups_(kCudaThreads / cells_),
         group_(static_cast<int>(threadIdx.x) / cells_),

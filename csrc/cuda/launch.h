@@ -8,18 +8,11 @@
 namespace batchnorm {
 namespace cuda {
 
-// A kernel with the plan's blocks and shared memory; in clusters or cooperatively as it says. Much
-// shared memory must be permitted first, each time: that costs the host a lock and a look-up, but
-// calls that need it are long, and a list of what was permitted would be one more shared state.
+// A kernel with the plan's blocks and shared memory; in clusters or cooperatively as it says. More
+// than 48 KiB of shared memory were permitted when the kernel's occupancy was asked.
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), const CudaPlan& plan, cudaStream_t stream,
                    const Arguments& arguments) {
-  constexpr std::int64_t kWithoutPermission = 48 * 1024;
-  if (plan.shared_bytes > kWithoutPermission) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchAttribute attributes[1] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks()));
@@ -51,6 +44,11 @@ cudaError_t launch_passes(void (*kernel)(Arguments), const CudaPlan& plan, cudaS
   arguments.reduce = false;
   arguments.apply = true;
   return launch(kernel, plan, stream, arguments);
+}
+
+template <typename Arguments>
+const void* address_of(void (*kernel)(Arguments)) {
+  return reinterpret_cast<const void*>(kernel);
 }
 
 inline bool is_smooth(Activation activation) {

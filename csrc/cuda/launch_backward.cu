@@ -13,20 +13,25 @@ extern template BackwardKernel backward_kernel_for<Half>(Mapping, Access, bool);
 
 namespace {
 
-BackwardKernel find_kernel(const Backward& call, const CudaPlan& plan) {
+BackwardKernel find_kernel(const Backward& call, const Traversal& traversal) {
   return with_dtype(call.problem.dtype, [&](auto tag) {
-    return backward_kernel_for<decltype(tag)>(plan.mapping, plan.access,
+    return backward_kernel_for<decltype(tag)>(traversal.mapping, traversal.access,
                                               is_smooth(call.activation));
   });
 }
 
 }  // namespace
 
-cudaError_t backward(const Backward& call, const CudaPlan& plan, void* workspace,
-                     cudaStream_t stream) {
+cudaError_t enqueue(const Backward& call, const CudaPlan& plan, void* workspace,
+                    cudaStream_t stream) {
   const BackwardArguments arguments = {geometry_of(call.problem, plan), call, false, false,
                                        workspace};
-  return launch_passes(find_kernel(call, plan), plan, stream, arguments);
+  return launch_passes(find_kernel(call, {plan.mapping, plan.access}), plan, stream, arguments);
+}
+
+Kernel kernel_of(const Backward& call, const Traversal& traversal) {
+  return {address_of(find_kernel(call, traversal)), true, call.problem.dtype, traversal,
+          is_smooth(call.activation)};
 }
 
 CudaRequest request_of(const Backward& call) {

@@ -13,10 +13,14 @@ extern template ForwardKernel forward_kernel_for<Half>(Mapping, Access, bool);
 
 namespace {
 
-ForwardKernel find_kernel(const ForwardTrain& call, const CudaPlan& plan) {
-  return with_dtype(call.problem.dtype, [&](auto tag) {
-    return forward_kernel_for<decltype(tag)>(plan.mapping, plan.access, is_smooth(call.activation));
+ForwardKernel find_kernel(DType dtype, const Traversal& traversal, bool smooth) {
+  return with_dtype(dtype, [&](auto tag) {
+    return forward_kernel_for<decltype(tag)>(traversal.mapping, traversal.access, smooth);
   });
+}
+
+Kernel kernel_for(DType dtype, const Traversal& traversal, bool smooth) {
+  return {address_of(find_kernel(dtype, traversal, smooth)), false, dtype, traversal, smooth};
 }
 
 // Inference is training without what training writes.
@@ -48,22 +52,31 @@ CudaRequest request_for(const ForwardTrain& call, bool training) {
           call.y ? 1 : 0};
 }
 
-cudaError_t run(const ForwardTrain& call, bool training, const CudaPlan& plan, void* workspace,
-                cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardTrain& call, bool training, const CudaPlan& plan,
+                           void* workspace, cudaStream_t stream) {
   const ForwardArguments arguments = {
       geometry_of(call.problem, plan), call, training, false, false, workspace};
-  return launch_passes(find_kernel(call, plan), plan, stream, arguments);
+  const ForwardKernel kernel =
+      find_kernel(call.problem.dtype, {plan.mapping, plan.access}, is_smooth(call.activation));
+  return launch_passes(kernel, plan, stream, arguments);
 }
 
 }  // namespace
 
-cudaError_t forward_train(const ForwardTrain& call, const CudaPlan& plan, void* workspace,
-                          cudaStream_t stream) {
-  return run(call, true, plan, workspace, stream);
+cudaError_t enqueue(const ForwardTrain& call, const CudaPlan& plan, void* workspace,
+                    cudaStream_t stream) {
+  return launch_forward(call, true, plan, workspace, stream);
+}
+cudaError_t enqueue(const ForwardEval& call, const CudaPlan& plan, void* workspace,
+                    cudaStream_t stream) {
+  return launch_forward(as_training(call), false, plan, workspace, stream);
 }
 
-cudaError_t forward_eval(const ForwardEval& call, const CudaPlan& plan, cudaStream_t stream) {
-  return run(as_training(call), false, plan, nullptr, stream);
+Kernel kernel_of(const ForwardTrain& call, const Traversal& traversal) {
+  return kernel_for(call.problem.dtype, traversal, is_smooth(call.activation));
+}
+Kernel kernel_of(const ForwardEval& call, const Traversal& traversal) {
+  return kernel_for(call.problem.dtype, traversal, is_smooth(call.activation));
 }
 
 CudaRequest request_of(const ForwardTrain& call) { return request_for(call, true); }

@@ -1,4 +1,4 @@
-// Small things: statistics of channels, one thread for each, and the device.
+// Small things: statistics of channels, one thread for each.
 #include <algorithm>
 
 #include "cuda/batchnorm.h"
@@ -72,28 +72,6 @@ cudaError_t eval_statistics(const ChannelValues& running_mean, const ChannelValu
   if (c == 0) return cudaSuccess;
   return launch_blocks(eval_statistics_kernel, blocks_for(c), stream,
                        StatisticsArguments{running_mean, running_var, eps, c, mean, invstd});
-}
-
-cudaError_t device_limits(int device, DeviceLimits* limits) {
-  cudaError_t error = cudaSuccess;
-  const auto ask = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
-    return value;
-  };
-  // 8 is the largest cluster that every device with clusters takes.
-  constexpr int kPortableCluster = 8;
-  limits->compute_capability =
-      10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
-  limits->multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-  limits->threads_per_multiprocessor = ask(cudaDevAttrMaxThreadsPerMultiProcessor);
-  limits->shared_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  limits->shared_per_multiprocessor = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  limits->reserved_shared = ask(cudaDevAttrReservedSharedMemoryPerBlock);
-  limits->l2 = ask(cudaDevAttrL2CacheSize);
-  limits->max_cluster = ask(cudaDevAttrClusterLaunch) != 0 ? kPortableCluster : 1;
-  limits->cooperative = ask(cudaDevAttrCooperativeLaunch) != 0;
-  return error;
 }
 
 }  // namespace cuda

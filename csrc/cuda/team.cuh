@@ -33,6 +33,10 @@ class Scratch {
 
 // ---- among lanes of a warp ----------------------------------------------------------------------
 
+constexpr int kWarps = kCudaThreads / 32;
+__device__ inline int warp_of_block() { return static_cast<int>(threadIdx.x / 32); }
+__device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x % 32); }
+
 // Lane 0 of each `width` lanes gets all of theirs. Every lane of the warp must call it.
 template <typename Rule, typename A>
 __device__ void merge_lanes(Partial<A, 1>* partial, int width) {
@@ -43,6 +47,16 @@ __device__ void merge_lanes(Partial<A, 1>* partial, int width) {
     other.count = __shfl_down_sync(~0u, partial->count, distance, width);
     Rule::merge(partial, other);
   }
+}
+
+// Lane 0's, to all.
+template <typename A>
+__device__ Partial<A, 1> of_first_lane(const Partial<A, 1>& partial) {
+  Partial<A, 1> result;
+  result.first[0] = __shfl_sync(~0u, partial.first[0], 0);
+  result.second[0] = __shfl_sync(~0u, partial.second[0], 0);
+  result.count = __shfl_sync(~0u, partial.count, 0);
+  return result;
 }
 
 // ---- in a block ---------------------------------------------------------------------------------
@@ -66,10 +80,9 @@ __device__ Partial<A, 1> read_partial(const volatile A* from) {
 // All threads' sums of one channel -> to[kPartialValues], by way of tree.
 template <typename Rule, typename A>
 __device__ void reduce_threads(Partial<A, 1> mine, A* tree, A* to) {
-  constexpr int kWarps = kCudaThreads / 32;
   merge_lanes<Rule>(&mine, 32);
-  const int warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) write_partial(tree + warp * kPartialValues, mine);
+  const int warp = warp_of_block();
+  if (lane_of_warp() == 0) write_partial(tree + warp * kPartialValues, mine);
   __syncthreads();
   if (warp != 0) return;
   Partial<A, 1> of_warp;
@@ -157,31 +170,29 @@ __device__ void reduce_block(const ColumnsWalk<kAccess>& walk, Partial<A, kCellE
 template <typename A>
 class Exchange {
  public:
+  // Places are found anew at each use, so that no pass has to keep them in registers.
   __device__ Exchange(const Geometry& g, const Scratch<A>& scratch, A* workspace, int wave)
-      : g_(g), shared_(scratch.partials()) {
-    const int waves = g.strategy == Strategy::kGrid ? wave % 2 : wave;
-    const std::int64_t of_block = g.unit_channels * kPartialValues;
-    const std::int64_t slot = waves * g.units_at_once + blockIdx.x / g.team;
-    in_memory_ = g.strategy == Strategy::kGrid || g.strategy == Strategy::kTwoKernels;
-    of_block_ = of_block;
-    team_ = in_memory_ ? workspace + slot * g.team * of_block : nullptr;
+      : g_(g), scratch_(scratch), workspace_(workspace), wave_(wave) {}
+
+  __device__ A* mine(int rank) const {
+    const bool in_memory = g_.strategy == Strategy::kGrid || g_.strategy == Strategy::kTwoKernels;
+    return in_memory ? in_workspace(rank) : scratch_.partials();
   }
 
-  __device__ A* mine(int rank) const { return in_memory_ ? team_ + rank * of_block_ : shared_; }
-
   __device__ Partial<A, 1> of(int rank, int channel) const {
-    const A* block = in_memory_ ? team_ + rank * of_block_ : shared_;
-    if (g_.strategy == Strategy::kCluster) block = in_block_of_cluster(shared_, rank);
+    const A* const block = g_.strategy == Strategy::kCluster
+                               ? in_block_of_cluster(scratch_.partials(), rank)
+                               : mine(rank);
     return read_partial(block + channel * kPartialValues);
   }
 
   // Between the first pass and the second: every block of the team has its partial results out.
   template <typename Rule>
-  __device__ void meet(const Unit& unit, bool active, const Scratch<A>& scratch) const {
+  __device__ void meet(const Unit& unit) const {
     if (g_.strategy == Strategy::kGrid) {
       grid_barrier();
-      if (!is_shared_out()) return;
-      if (active) sum_up<Rule>(unit, scratch);
+      if (!g_.is_shared_out) return;
+      sum_up<Rule>(unit);
       grid_barrier();
     } else if (g_.strategy == Strategy::kCluster) {
       cluster_arrive();
@@ -191,52 +202,71 @@ class Exchange {
     }
   }
 
-  // Calls finish(channel, total) in one thread for each of the unit's channels.
-  template <typename Rule, typename Finish>
-  __device__ void gather(const Unit& unit, const Finish& finish) const {
-    // Where totals are not there yet, a warp reads what a thread alone would wait for.
-    const int team = is_shared_out() ? 1 : g_.team;
-    const int width = team > 8 ? 32 : 1;
-    const int lane = static_cast<int>(threadIdx.x) % width;
-    for (int c = static_cast<int>(threadIdx.x) / width; c < unit.channels;
-         c += kCudaThreads / width) {
-      Partial<A, 1> total;
-      for (int rank = lane; rank < team; rank += width) Rule::merge(&total, of(rank, c));
-      merge_lanes<Rule>(&total, width);
-      if (lane == 0) finish(c, total);
-    }
+  // The unit's channel that this thread finishes, or -1.
+  __device__ int own_channel(const Unit& unit) const {
+    const int own = g_.is_gathered_by_warps ? warp_of_block() + lane_of_warp() * kWarps
+                                            : static_cast<int>(threadIdx.x);
+    return own < unit.channels ? own : -1;
+  }
+
+  // The total of that channel, if it has one. Called by all threads.
+  template <typename Rule>
+  __device__ Partial<A, 1> gather(const Unit& unit) const {
+    if (g_.is_gathered_by_warps) return gather_by_warps<Rule>(unit);
+    Partial<A, 1> total;
+    const int c = own_channel(unit), parts = g_.is_shared_out ? 1 : g_.team;
+    if (c < 0) return total;
+    for (int rank = 0; rank < parts; ++rank) Rule::merge(&total, of(rank, c));
+    return total;
   }
 
  private:
-  __device__ bool is_shared_out() const {
-    return shares_out(g_.strategy, g_.team, g_.unit_channels);
+  __device__ A* in_workspace(int rank) const {
+    const int waves = g_.strategy == Strategy::kGrid ? wave_ % 2 : wave_;
+    const std::int64_t team = waves * g_.units_at_once + blockIdx.x / g_.team;
+    return workspace_ + (team * g_.team + rank) * g_.unit_channels * kPartialValues;
+  }
+
+  template <typename Rule>
+  __device__ Partial<A, 1> gather_by_warps(const Unit& unit) const {
+    Partial<A, 1> own;
+    int turn = 0;  // the lane whose channel it is
+    for (int c = warp_of_block(); c < unit.channels; c += kWarps, ++turn) {
+      Partial<A, 1> total;
+      for (int rank = lane_of_warp(); rank < g_.team; rank += 32) Rule::merge(&total, of(rank, c));
+      merge_lanes<Rule>(&total, 32);
+      total = of_first_lane(total);
+      if (lane_of_warp() == turn) own = total;
+    }
+    return own;
   }
 
   // The totals of the block's share of the channels. Nobody else reads these channels' partial
   // results, so the totals take the place of the first.
   template <typename Rule>
-  __device__ void sum_up(const Unit& unit, const Scratch<A>& scratch) const {
+  __device__ void sum_up(const Unit& unit) const {
     for (int c = unit.rank; c < unit.channels; c += g_.team) {
       Partial<A, 1> mine;
       for (int rank = threadIdx.x; rank < g_.team; rank += kCudaThreads) {
         Rule::merge(&mine, of(rank, c));
       }
-      reduce_threads<Rule>(mine, scratch.tree(), team_ + c * kPartialValues);
+      reduce_threads<Rule>(mine, scratch_.tree(), in_workspace(0) + c * kPartialValues);
       __syncthreads();
     }
   }
 
   const Geometry& g_;
-  A *shared_, *team_;
-  std::int64_t of_block_;
-  bool in_memory_;
+  const Scratch<A> scratch_;
+  A* const workspace_;
+  const int wave_;
 };
 
 // The second pass needs no other block's results any more; here ends the time in which they are
-// read. Between the two a block may do what it likes, except to overwrite or lose its own.
+// read. Between the two a block may do what it likes, except to overwrite or lose its own. A
+// cluster ends then (it has one wave), and nothing was written that others would wait for.
 __device__ inline void have_gathered(Strategy strategy) {
   __syncthreads();
-  if (strategy == Strategy::kCluster) cluster_arrive();
+  if (strategy == Strategy::kCluster) cluster_arrive_relaxed();
 }
 __device__ inline void leave(Strategy strategy) {
   if (strategy == Strategy::kCluster) cluster_wait();

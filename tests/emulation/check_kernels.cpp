@@ -20,12 +20,17 @@ namespace {
 void check_case(const Case& c, std::uint64_t seed) {
   std::mt19937_64 random(seed);
   set_order(seed);
+  const std::uint64_t refusals = driver().refusals;
   Data data(c, random);
   const Formulas formulas(c, data);
   const bool has_variance = c.problem.per_channel() > 1;
   if (has_variance) formulas.check_training();
   formulas.check_inference();
   if (has_variance) check_properties(c, data, random, seed);
+  if (!has_variance) check_single_values(c, data);
+  // Of a forward and a backward kernel, each once, and only where somebody else is at work.
+  const std::uint64_t most = c.device == "shared" ? 2 : 0;
+  expect(c, driver().refusals - refusals <= most, "launches that don't fit are few");
 }
 
 void run(Case c, std::uint64_t seed, bool is_quiet) {

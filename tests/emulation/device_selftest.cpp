@@ -60,6 +60,11 @@ void test_attributes() {
   expect("registers", attribute(cudaDevAttrMaxRegistersPerMultiprocessor), 65536);
   expect("cooperative", attribute(cudaDevAttrCooperativeLaunch), 1);
   expect("warp", attribute(cudaDevAttrWarpSize), 32);
+  cudaFuncAttributes attributes = {};
+  emulation::set_device({.code_architecture = 80});
+  expect("of older code", cudaFuncGetAttributes(&attributes, nothing), cudaSuccess);
+  expect("what it was compiled for", attributes.ptxVersion, 80);
+  expect("what it became", attributes.binaryVersion, 90);
   emulation::set_device(emulation::Device::turing());
   expect("Turing's clusters", attribute(cudaDevAttrClusterLaunch), 0);
   expect("Turing's threads", attribute(cudaDevAttrMaxThreadsPerMultiProcessor), 1024);
@@ -139,6 +144,9 @@ void test_clusters() {
   expect("cluster of 16 with leave", launch({.grid = 16, .cluster = 16}, nothing), cudaSuccess);
   expect("cluster of 17", launch({.grid = 17, .cluster = 17}, nothing), invalid);
   expect("no multiple", launch({.grid = 9, .cluster = 2}, nothing), cudaErrorInvalidConfiguration);
+  emulation::set_device({.odd_clusters = false});
+  expect("cluster of 3", launch({.grid = 3, .cluster = 3}, nothing), invalid);
+  expect("cluster of 4", launch({.grid = 4, .cluster = 4}, nothing), cudaSuccess);
   emulation::set_device(emulation::Device::turing());
   const cudaError_t error = launch({.grid = 16, .cluster = 8}, nothing);
   expect("cluster on Turing", error != cudaSuccess, true);
@@ -152,6 +160,12 @@ void test_cooperative() {
   };
   expect("a full device", blocks(4), cudaSuccess);
   expect("one more", blocks(5), cudaErrorCooperativeLaunchTooLarge);
+  emulation::set_device(
+      {.multiprocessors = 4, .threads_per_multiprocessor = 1024, .held_multiprocessors = 1});
+  const std::uint64_t refusals = emulation::counts().refusals;
+  expect("all that others leave", blocks(6), cudaSuccess);
+  expect("what others have", blocks(7), cudaErrorCooperativeLaunchTooLarge);
+  expect("refusals", emulation::counts().refusals, refusals + 1);
   emulation::set_device({.multiprocessors = 2, .cooperative_launch = false});
   expect("unsupported", blocks(1), cudaErrorNotSupported);
 }
@@ -163,6 +177,9 @@ void test_occupancy() {
   expect("by blocks", occupancy(nothing, 32, 0), 32);
   expect("by shared memory", occupancy(nothing, 32, 37 << 10), 6);
   expect("by nothing that fits", occupancy(nothing, 1025, 0), 0);
+  emulation::set_device({.multiprocessors = 4, .registers_per_thread = 192});
+  expect("by registers", occupancy(nothing, 256, 0), 1);
+  emulation::set_device({.multiprocessors = 4});
   expect("before it has run", occupancy(use_static, 32, 0), 32);
   expect("run", launch({}, use_static), cudaSuccess);
   expect("after it has run", occupancy(use_static, 32, 0), 5);

@@ -51,14 +51,20 @@ BARRIERS = [
         ),
         (
             "no barrier before totals are read",
-            "sum_up<Rule>(unit, scratch);\n      grid_barrier();",
-            "sum_up<Rule>(unit, scratch);\n      __syncthreads();",
+            "sum_up<Rule>(unit);\n      grid_barrier();",
+            "sum_up<Rule>(unit);\n      __syncthreads();",
         ),
         (
             "no barrier before the next channel is summed up",
-            "team_ + c * kPartialValues);\n      __syncthreads();",
-            "team_ + c * kPartialValues);",
+            "in_workspace(0) + c * kPartialValues);\n      __syncthreads();",
+            "in_workspace(0) + c * kPartialValues);",
             "tsan",  # so small a team gives warp 0 alone something to sum up
+        ),
+        (
+            "partial results are not out when the cluster meets",
+            "      cluster_arrive();\n",
+            "      cluster_arrive_relaxed();\n",
+            "tsan",
         ),
         (
             "the cluster's barrier is only a block's",
@@ -85,7 +91,7 @@ BARRIERS = [
         "blocks of a cluster leave before others have read their results",
         "cuda/team.cuh",
         (
-            ("if (strategy == Strategy::kCluster) cluster_arrive();", ""),
+            ("if (strategy == Strategy::kCluster) cluster_arrive_relaxed();", ""),
             ("if (strategy == Strategy::kCluster) cluster_wait();", ""),
         ),
     ),
@@ -93,8 +99,8 @@ BARRIERS = [
         "cuda/backward_kernels.cuh",
         (
             "no barrier after the channels' values were prepared",
-            "gradients.prepare();\n    __syncthreads();",
-            "gradients.prepare();",
+            "gradients.prepare(own);\n    __syncthreads();",
+            "gradients.prepare(own);",
         ),
         (
             "no barrier after slopes and offsets were written",
@@ -130,7 +136,22 @@ SUMS = [
             "partial->first[0], distance, width",
             "partial->first[0], distance + 1, width",
         ),
-        ("the last block's results are left out", "rank < team;", "rank < team - 1;"),
+        ("the last block's results are left out", "rank < parts;", "rank < parts - 1;"),
+        (
+            "of a large team's results the last is left out",
+            "rank < g_.team; rank += 32",
+            "rank < g_.team - 1; rank += 32",
+        ),
+        (
+            "a warp's channels are its lane 0's",
+            "if (lane_of_warp() == turn)",
+            "if (lane_of_warp() == 0)",
+        ),
+        (
+            "a warp's channels are another's",
+            "warp_of_block() + lane_of_warp() * kWarps",
+            "static_cast<int>(threadIdx.x)",
+        ),
         (
             "a total leaves out a block's results",
             "rank < g_.team; rank += kCudaThreads",
@@ -143,10 +164,10 @@ SUMS = [
         ),
         (
             "a team's results lie in one place",
-            "workspace + slot * g.team * of_block",
-            "workspace + slot * of_block",
+            "(team * g_.team + rank) * g_.unit_channels",
+            "(team + rank) * g_.unit_channels",
         ),
-        ("results of the next wave come too early", "wave % 2 : wave", "0 : wave"),
+        ("results of the next wave come too early", "wave_ % 2 : wave_", "0 : wave_"),
         (
             "scratch regions overlap",
             "return partials() + sizes().partials;",
@@ -225,8 +246,9 @@ WALKS = [
             "return plan.units_at_once * unit",
             "asan",
         ),
-        ("vectors of unaligned tensors", "return request.aligned && row", "return row"),
+        ("vectors of unaligned tensors", "vector = request.aligned && row", "vector = row"),
         ("vectors of rows that are no multiple", "row % kCellElements == 0", "row > 0"),
+        ("a cluster of any size is taken", "clusters(size) == 0", "false"),
         (
             "a cumulative average in blocks that never meet",
             "!request.cumulative || units() == 1",
@@ -247,7 +269,17 @@ FORMULAS = [
     *in_file(
         "cuda/forward_kernels.cuh",
         ("the normalising variance is unbiased", "sqrt(m2 / n +", "sqrt(m2 / (n - 1) +"),
-        ("every block of a team updates the statistics", "    if (unit_.rank != 0) return;\n", ""),
+        (
+            "every block of a team updates the statistics",
+            " && unit.rank == 0) forward",
+            ") forward",
+        ),
+        ("the mean is that of x - shift", "static_cast<double>(widen(parameters.first))", "0.0"),
+        (
+            "weight and bias are exchanged",
+            "{load_raw(a_.call.weight, c), load_raw(a_.call.bias, c)",
+            "{load_raw(a_.call.bias, c), load_raw(a_.call.weight, c)",
+        ),
         (
             "the counter is incremented in every wave",
             "wave == 0 && blockIdx.x == 0",
@@ -261,10 +293,10 @@ FORMULAS = [
         ("the counter is not incremented", "++*a.call.running.num_batches_tracked;", ";"),
         (
             "the counter is read too late",
-            "forward.finish(channel, total, momentum);",
-            "forward.finish(channel, total, momentum_of(a));",
+            "forward.record(own, batch, momentum);",
+            "forward.record(own, batch, momentum_of(a));",
         ),
-        ("invstd is not written", "    if (call.invstd) call.invstd[c] = invstd;\n", ""),
+        ("invstd is not written", "    if (call.invstd) call.invstd[c] = batch.invstd;\n", ""),
         (
             "the mask's bits beyond a row are set",
             "call.activation, z) & existing",
@@ -301,25 +333,29 @@ FORMULAS = [
     ),
     *in_file(
         "cuda/backward_kernels.cuh",
-        ("the slope has the wrong sign", "slope = -a_.call.invstd", "slope = a_.call.invstd"),
+        ("the slope has the wrong sign", "slope = -saved.invstd", "slope = saved.invstd"),
         ("the offset is dropped", "-dbias / n - lost_of", "-lost_of"),
         (
             "the center's rounding is lost in the sum",
-            "total.second[0] - lost * dz;",
+            "total.second[0] - lost_of(channel, saved) * dz;",
             "total.second[0];",
         ),
-        ("the center's rounding is lost in the offset", " - lost_of(channel) * slope", ""),
+        ("the center's rounding is lost in the offset", " - lost_of(channel, saved) * slope", ""),
         (
             "the totals of weight and bias are exchanged",
             "totals[all + c], totals[c]",
             "totals[c], totals[all + c]",
         ),
-        ("the totals are not used", "      gradients.use_totals();\n", ""),
+        (
+            "the totals are not used",
+            "    if (own >= 0 && a.call.totals) gradients.use_totals(own, saved);\n",
+            "",
+        ),
         ("dresidual is dy", "narrow<T>(dz), place", "cells.dy, place"),
         ("inference has the terms of training", "if (call.training) inner", "inner"),
         (
             "dweight has no invstd",
-            "store_value(call.dweight, c, invstd * dz",
+            "store_value(call.dweight, c, saved.invstd * dz",
             "store_value(call.dweight, c, dz",
         ),
         ("offsets lie on slopes", "kCellElements * walk.tree_threads()", "kCellElements"),
@@ -346,8 +382,8 @@ FORMULAS = [
         ),
         (
             "momentum is swapped",
-            "(1 - momentum) * load_value(running, c, 0) + momentum * batch",
-            "momentum * load_value(running, c, 0) + (1 - momentum) * batch",
+            "(1 - momentum) * before + momentum * batch",
+            "momentum * before + (1 - momentum) * batch",
         ),
         (
             "running statistics take what is not finite",
@@ -356,15 +392,13 @@ FORMULAS = [
         ),
         (
             "one value moves the running variance",
-            "if (batch.count > 1) move(running.var",
-            "move(running.var",
+            "  if (batch.count <= 1) return;\n",
+            "",
         ),
         (
             "strides of channels' values are not used",
-            "double otherwise) {\n  if (!values.data) return otherwise;\n"
-            "  const std::int64_t at = channel * values.stride;",
-            "double otherwise) {\n  if (!values.data) return otherwise;\n"
-            "  const std::int64_t at = channel;",
+            "if (!values.data) return {0};\n  const std::int64_t at = channel * values.stride;",
+            "if (!values.data) return {0};\n  const std::int64_t at = channel;",
         ),
         (
             "the mean's rounding is lost",
@@ -418,11 +452,35 @@ FORMULAS = [
             "error == cudaSuccess || arguments.apply",
         ),
         ("clusters are of one block", "static_cast<unsigned>(plan.team);", "1;"),
+    ),
+    *in_file(
+        "cuda/occupancy.cu",
         (
             "more than 48 KiB are not asked for",
-            "kWithoutPermission = 48 * 1024",
-            "kWithoutPermission = 480 * 1024",
+            "static_cast<int>(most)",
+            "48 << 10",
         ),
+        ("clusters for code that has none", " && attributes.ptxVersion >= kFirstWithClusters", ""),
+        (
+            "more blocks than fit",
+            "std::clamp(blocks, 1, assumed.blocks)",
+            "assumed.blocks",
+        ),
+        (
+            "a refused launch is not planned again",
+            "  if (error != cudaErrorCooperativeLaunchTooLarge) return false;\n",
+            "  if (error != cudaErrorInvalidDevice) return false;\n",
+        ),
+        (
+            "a refusal is forgotten",
+            "refused.store(true,",
+            "refused.store(false,",
+        ),
+        ("the driver is asked at each call", "is_known.store(true,", "is_known.store(false,"),
+    ),
+    *in_file(
+        "cuda/occupancy.h",
+        ("two kernels are one", "return 2 * result + smooth;", "return 0;"),
     ),
 ]
 

@@ -69,6 +69,18 @@ __global__ void missing_cluster_barrier(float* y) {
   cluster.sync();
 }
 
+// What was written before a relaxed arrival need not be there behind the barrier.
+__global__ void relaxed_cluster_barrier(float* y) {
+  const cg::cluster_group cluster = cg::this_cluster();
+  Row& row = block_shared<Row>();
+  row.values[threadIdx.x] = 1.0f;
+  __cluster_barrier_arrive_relaxed();
+  cluster.barrier_wait();
+  const Row* other = cluster.map_shared_rank(&row, cluster.block_rank() ^ 1);
+  y[blockIdx.x * kThreads + threadIdx.x] = other->values[threadIdx.x];
+  cluster.sync();
+}
+
 // The other block may have ended, and its shared memory with it.
 __global__ void missing_cluster_barrier_at_the_end(float* y) {
   const cg::cluster_group cluster = cg::this_cluster();
@@ -155,6 +167,8 @@ __global__ void cluster_arrives_twice(float*) {
 
 __global__ void cluster_waits_without_arriving(float*) { cg::this_cluster().barrier_wait(); }
 
+__global__ void clusters_of_old_code(float*) { cg::this_cluster().sync(); }
+
 __global__ void no_such_cluster_rank(float* y) {
   y[threadIdx.x] = cg::this_cluster().map_shared_rank(&block_shared<Row>(), 2)->values[0];
 }
@@ -204,6 +218,7 @@ void add_simple(std::map<std::string, Case>& all) {
   ADD(missing_barrier_before_reuse, block);
   ADD(missing_warp_barrier, block);
   ADD(missing_cluster_barrier, cluster);
+  ADD(relaxed_cluster_barrier, cluster);
   ADD(two_blocks_one_output, blocks);
   ADD(past_the_end_of_global, block);
   ADD(past_the_end_of_dynamic_shared, (Shape{.dynamic_shared = sizeof(Row)}));
@@ -230,6 +245,10 @@ void add_others(std::map<std::string, Case>& all) {
     y.resize(kThreads);
     const Shape shape{.grid = 2, .block = kThreads, .cluster = 2};
     return launch(shape, missing_cluster_barrier_at_the_end, y.data()) == cudaSuccess;
+  };
+  all["clusters_of_old_code"] = [=](std::vector<float>&) {
+    emulation::set_device({.code_architecture = 80});
+    return launch(Shape{.grid = 2, .cluster = 2}, clusters_of_old_code, nullptr) == cudaSuccess;
   };
   all["missing_grid_barrier"] = [=](std::vector<float>& y) {
     y.resize(kThreads);

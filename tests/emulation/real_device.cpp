@@ -4,7 +4,6 @@
 #include <cstring>
 #include <set>
 
-#include "cuda/batchnorm.h"
 #include "kernels/cases.h"
 #include "kernels/device.h"
 
@@ -35,15 +34,6 @@ void to_host(const Memory& memory) {
           "cudaMemcpy from the device");
 }
 
-const DeviceLimits& limits_of_device() {
-  static const DeviceLimits limits = [] {
-    DeviceLimits found = {};
-    require(cuda::device_limits(0, &found), "device_limits");
-    return found;
-  }();
-  return limits;
-}
-
 }  // namespace
 
 Memory::Memory(std::size_t bytes)
@@ -69,8 +59,22 @@ cudaError_t call(const std::function<cudaError_t()>& launcher) {
   return refused;
 }
 
+void send(const Memory& memory) { to_device(memory); }
+
+cuda::Device& opened() {
+  static cuda::Device device;
+  static const bool is_open = [] {
+    require(device.open(0), "the device");
+    return true;
+  }();
+  (void)is_open;
+  return device;
+}
+
+Driver driver() { return {0, 0}; }
+
 std::string set_up(Case* c) {
-  const DeviceLimits& limits = limits_of_device();
+  const DeviceLimits& limits = opened().limits();
   c->device = "sm_" + std::to_string(limits.compute_capability);
   const auto strategy = static_cast<Strategy>(c->forced.strategy);
   if (strategy == Strategy::kCluster && c->forced.team > limits.max_cluster)

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <cstring>
+#include <memory>
 
 #include "bindings/cuda_plans.h"
 #include "bindings/module.h"
@@ -29,6 +30,18 @@ void check(cudaError_t error) {
   TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
 }
 
+std::unique_ptr<cuda::Device>& opened() {
+  static std::unique_ptr<cuda::Device> device;
+  return device;
+}
+cuda::Device& device() {
+  if (!opened()) {
+    opened() = std::make_unique<cuda::Device>();
+    check(opened()->open(0));
+  }
+  return *opened();
+}
+
 struct EmulatedBackend {
   explicit EmulatedBackend(const at::Tensor&) {}
 
@@ -41,9 +54,7 @@ struct EmulatedBackend {
   bool may_wait() const { return true; }
   template <typename Call>
   void run(const Call& call) const {
-    DeviceLimits limits;
-    check(cuda::device_limits(0, &limits));
-    check(run_cuda(*this, limits, nullptr, call));
+    check(run_cuda(*this, device(), nullptr, call));
   }
   void eval_statistics(const ChannelValues& running_mean, const ChannelValues& running_var,
                        double eps, std::int64_t c, double* mean, double* invstd) const {
@@ -51,11 +62,22 @@ struct EmulatedBackend {
   }
 };
 
-void set_device(const std::string& name) {
+void set_device(const std::string& name, int code, int registers, int held, bool odd_clusters) {
   constexpr const char* kNames[] = {"hopper", "ampere", "turing"};
-  const emulation::Device devices[] = {
-      {}, emulation::Device::ampere(), emulation::Device::turing()};
-  emulation::set_device(devices[index_of(name, kNames, "the emulated device")]);
+  emulation::Device devices[] = {{}, emulation::Device::ampere(), emulation::Device::turing()};
+  emulation::Device& chosen = devices[index_of(name, kNames, "the emulated device")];
+  chosen.code_architecture = code;
+  chosen.registers_per_thread = registers;
+  chosen.held_multiprocessors = held;
+  chosen.odd_clusters = odd_clusters;
+  emulation::set_device(chosen);
+  opened().reset();
+}
+
+py::dict counts() {
+  const emulation::Counts counts = emulation::counts();
+  return py::dict(py::arg("launches") = counts.launches, py::arg("refusals") = counts.refusals,
+                  py::arg("questions") = counts.questions);
 }
 
 }  // namespace
@@ -73,10 +95,12 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
 
 PYBIND11_MODULE(torch_emulated, m) {
   using namespace batchnorm::bindings;
-  m.def("set_device", &set_device, pybind11::arg("name"),
-        "hopper (also without this call), ampere or turing, for all calls that follow.");
-  m.def(
-      "launches", [] { return emulation::counts().launches; },
-      "How many kernels have been launched.");
+  m.def("set_device", &set_device, py::arg("name"), py::kw_only(), py::arg("code") = 0,
+        py::arg("registers") = 32, py::arg("held") = 0, py::arg("odd_clusters") = true,
+        "hopper (also without this call), ampere or turing, for all calls that follow: by code for "
+        "an older device, of kernels with so many registers, with so many multiprocessors held, "
+        "with clusters of powers of two alone.");
+  m.def("counts", &counts, "Kernels launched, launches refused, and what the driver was asked.");
+  m.def("max_cluster", [] { return device().limits().max_cluster; }, "Of the device as it is.");
   define_cuda_plans(m);
 }

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 #include <random>
+#include <vector>
 
-#include "cuda/batchnorm.h"
+#include "cuda/run.h"
 #include "report.h"
 
 namespace check {
@@ -110,19 +112,26 @@ struct Needs {
   bool dx = true, dresidual = true, dweight = true, dbias = true;
 };
 
-inline DeviceLimits limits() {
-  DeviceLimits found;
-  if (cuda::device_limits(0, &found) != cudaSuccess) std::abort();
-  return found;
-}
-
-// Plans the call and makes it, with exactly the workspace that the plan asks for.
-template <typename Call, typename Make>
-void make(const Case& c, const char* what, const Call& call, const Make& launch) {
-  const CudaPlan plan = plan_cuda(cuda::request_of(call), limits(), c.forced);
-  const Buffer workspace(plan.workspace_bytes);
-  expect_success(c, what, check::call([&] { return launch(plan, workspace.device()); }));
-  expect(c, workspace.guards_are_intact(), "the workspace is as large as planned");
+// Plans the call and makes it, with exactly the workspaces that plans ask for: of one that was
+// refused, and of the next.
+template <typename Call>
+void make(const Case& c, const char* what, const Call& call) {
+  struct Workspace {
+    void* address;
+    void* data() const { return address; }
+  };
+  std::vector<std::unique_ptr<Buffer>> buffers;
+  const auto allocate = [&](std::int64_t bytes) {
+    buffers.push_back(std::make_unique<Buffer>(bytes));
+    buffers.back()->send();
+    return Workspace{buffers.back()->device()};
+  };
+  expect_success(c, what, check::call([&] {
+    return cuda::run(opened(), call, c.forced, nullptr, allocate);
+  }));
+  for (const auto& buffer : buffers) {
+    expect(c, buffer->guards_are_intact(), "the workspace is as large as planned");
+  }
 }
 
 inline ForwardTrain training_call(const Case& c, const Data& data, Training* to) {
@@ -155,9 +164,7 @@ inline Training train(const Case& c, const Data& data, bool skip_nonfinite = fal
   to.running_var.copy_from(data.running_var);
   ForwardTrain call = training_call(c, data, &to);
   call.running.skip_nonfinite = skip_nonfinite;
-  make(c, "forward_train", call, [&](const CudaPlan& plan, void* workspace) {
-    return cuda::forward_train(call, plan, workspace, nullptr);
-  });
+  make(c, "forward_train", call);
   expect(c, to.is_intact(), "forward_train writes its outputs and nothing else");
   return to;
 }
@@ -177,8 +184,7 @@ inline Training infer(const Case& c, const Data& data) {
                          c.activation,
                          parameter_of(c.activation),
                          c.masked() ? to.mask.device() : nullptr};
-  make(c, "forward_eval", call,
-       [&](const CudaPlan& plan, void*) { return cuda::forward_eval(call, plan, nullptr); });
+  make(c, "forward_eval", call);
   expect(c, to.is_intact(), "forward_eval writes its outputs and nothing else");
   return to;
 }
@@ -211,9 +217,7 @@ inline Gradients differentiate(const Case& c, const Data& data, const Tensor& me
                                const Needs& needs) {
   Gradients to(c);
   const Backward call = gradient_call(c, data, mean, invstd, mask, training, needs, &to);
-  make(c, "backward", call, [&](const CudaPlan& plan, void* workspace) {
-    return cuda::backward(call, plan, workspace, nullptr);
-  });
+  make(c, "backward", call);
   expect(c, to.is_intact(), "backward writes its outputs and nothing else");
   return to;
 }

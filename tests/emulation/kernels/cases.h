@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
@@ -72,6 +73,9 @@ inline const std::vector<Size>& sizes_of(Layout layout) {
 
 // Channels of a unit whose partial results a team of 6 blocks shares out.
 constexpr std::int64_t kWide = 136;
+// Blocks of a team whose partial results a warp gathers, and channels of which it has several.
+constexpr int kLarge = 9;
+constexpr std::int64_t kSeveral = 24;
 
 // What a plan leaves to chance is forced: each strategy with few and many slots, teams and waves.
 inline std::vector<CudaPlanOverride> plans() {
@@ -88,13 +92,18 @@ inline std::vector<CudaPlanOverride> plans() {
           {grid, scalar, 12, 0, 8, 1},
           {grid, -1, 6, -1, kWide, 1},
           {two, -1, 2, -1, -1, -1},
-          {two, -1, 9, -1, 8, 2}};
+          {two, -1, kLarge, -1, kSeveral, 2}};
 }
 
 // Far from 0 in float32 and float64; the 16-bit dtypes have no digits for it.
 inline double large_mean(DType dtype) {
   return dtype == DType::kFloat ? 1e6 : dtype == DType::kDouble ? 1e9 : 100;
 }
+
+// Hopper as it is, with code that knows no clusters, with kernels of which one block fits, and with
+// a neighbour who holds a part of it. They are 7, so that each meets each of 10 plans.
+constexpr const char* kHoppers[] = {"hopper",    "hopper", "old code", "hopper",
+                                    "one block", "hopper", "shared"};
 
 // Every dtype x layout x activation x plan; what needs no full cross product is drawn.
 inline std::vector<Case> all_cases() {
@@ -110,6 +119,8 @@ inline std::vector<Case> all_cases() {
           // Rows for each of 6 blocks. So many channels take the emulation a second.
           const bool is_wide = forced.unit_channels == kWide && layout == Layout::kChannelsLast;
           if (is_wide && a % 3 == 0) size = {33, kWide + size.c % 3, 3};
+          const bool is_large = forced.team == kLarge && layout == Layout::kChannelsLast;
+          if (is_large && a % 3 == 0) size = {86 * kLarge, kSeveral + 1, 1};
           Case c = {};
           c.problem = {layout, dtype, size.n, size.c, size.s};
           c.activation = static_cast<Activation>(a);
@@ -124,6 +135,7 @@ inline std::vector<Case> all_cases() {
           c.stride = one_in(4) ? 2 : 1;
           c.forced = forced;
           c.device = one_in(12) ? "turing" : one_in(12) ? "ampere" : "hopper";
+          if (c.device == "hopper") c.device = kHoppers[cases.size() % std::size(kHoppers)];
           cases.push_back(c);
         }
       }

@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/occupancy.h"
+
 namespace check {
 
 struct Case;
@@ -43,8 +45,20 @@ class DeviceLost : public std::runtime_error {
 // DeviceLost, or std::runtime_error where kernels broke a rule.
 cudaError_t call(const std::function<cudaError_t()>& launcher);
 
+// What the host wrote to memory that a launcher allocates, while it is called.
+void send(const Memory& memory);
+
 // Readies the device for a case, and names it there. Why it cannot run it, or "".
 std::string set_up(Case* c);
+
+// As set_up left it. A program opens its device once, and so is it for a case.
+cuda::Device& opened();
+
+// What the device's driver was asked, and refused, so far; 0 where nobody counts.
+struct Driver {
+  std::uint64_t refusals, questions;
+};
+Driver driver();
 
 // Has threads and blocks run in another order from here on, where that can be chosen.
 void set_order(std::uint64_t seed);

@@ -11,15 +11,18 @@ namespace check {
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// The order in which threads and blocks run changes no bit.
+// The order in which threads and blocks run changes no bit. What the driver said of a kernel is
+// not asked again.
 inline void check_determinism(const Case& c, const Data& data, std::uint64_t seed) {
   const Training one = train(c, data);
   const Gradients of_one = differentiate(c, data, one);
   set_order(~seed);
+  const std::uint64_t questions = driver().questions;
   const Training other = train(c, data);
   expect(c, one.is_same_as(other), "forward_train gives the same bits in every order");
   expect(c, of_one.is_same_as(differentiate(c, data, other)),
          "backward gives the same bits in every order");
+  expect(c, driver().questions == questions, "a kernel's second call asks nothing");
 }
 
 // What happens in one channel changes no bit of another.
@@ -126,6 +129,17 @@ inline void check_constant_channel(const Case& c, Data& data, std::int64_t chann
   expect(c, is_exact, "a constant channel is the bias, and dropped at a bound");
 }
 
+// One value for each channel has no unbiased variance: the running one stays as it was.
+inline void check_single_values(const Case& c, const Data& data) {
+  const Training got = train(c, data);
+  bool has_stayed = true, has_moved = c.bare;
+  for (std::int64_t k = 0; k < c.problem.c; ++k) {
+    has_stayed &= c.bare || got.running_var[k] == data.running_var[k];
+    has_moved |= got.running_mean[k] != data.running_mean[k];
+  }
+  expect(c, has_stayed && has_moved, "one value moves the running mean alone");
+}
+
 // This data as that of two ranks, with a third that has none between them: what they have together
 // is what one has, but for the count.
 class Ranks {
@@ -151,9 +165,7 @@ class Ranks {
     call.mean = parts.device_doubles();
     call.invstd = nullptr;
     call.m2 = parts.device_doubles() + channels_;
-    make(c_, "statistics alone", call, [&](const CudaPlan& plan, void* workspace) {
-      return cuda::forward_train(call, plan, workspace, nullptr);
-    });
+    make(c_, "statistics alone", call);
     parts.put(2 * channels_, n_);
     for (std::int64_t i = 0; i < width_; ++i) {
       parts.put(width_ + i, 0);
@@ -213,11 +225,7 @@ class Ranks {
   }
 
  private:
-  void launch(const char* what, const Backward& call) const {
-    make(c_, what, call, [&](const CudaPlan& plan, void* workspace) {
-      return cuda::backward(call, plan, workspace, nullptr);
-    });
-  }
+  void launch(const char* what, const Backward& call) const { make(c_, what, call); }
   Backward backward_call(Gradients* to) const {
     Backward call = gradient_call(c_, data_, one_.mean, one_.invstd,
                                   c_.masked() ? &one_.mask : nullptr, true, {}, to);

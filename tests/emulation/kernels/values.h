@@ -82,6 +82,7 @@ class Buffer {
   unsigned char* host() const { return memory_->host() + begin_; }
   unsigned char* device() const { return memory_->device() + begin_; }
   std::int64_t bytes() const { return static_cast<std::int64_t>(bytes_); }
+  void send() const { check::send(*memory_); }
   bool guards_are_intact() const {
     for (std::size_t i = 0; i < all_; ++i) {
       const bool is_guard = i < begin_ || i >= begin_ + bytes_;

@@ -11,8 +11,6 @@
 namespace emulation {
 namespace {
 
-// A kernel that spills nothing and uses this few registers is limited by none of them.
-constexpr int kRegistersPerThread = 32;
 constexpr int kRegistersPerMultiprocessor = 64 << 10;
 constexpr int kThreadsPerBlock = 1024;
 
@@ -56,7 +54,7 @@ DeviceState& device_state() {
 
 void set_device(const Device& device) {
   const std::lock_guard lock(device_mutex());
-  device_state() = DeviceState{device, {}};
+  device_state() = DeviceState{device, {}, device_state().questions};
 }
 
 Device current_device() {
@@ -74,7 +72,8 @@ int resident_blocks(const Device& device, const FunctionState& function, unsigne
   const int whole_warps = static_cast<int>((threads + 31) / 32 * 32);
   int blocks =
       std::min(device.blocks_per_multiprocessor, device.threads_per_multiprocessor / whole_warps);
-  blocks = std::min(blocks, kRegistersPerMultiprocessor / (kRegistersPerThread * whole_warps));
+  blocks =
+      std::min(blocks, kRegistersPerMultiprocessor / (device.registers_per_thread * whole_warps));
   if (shared == 0) return blocks;
   return std::min(blocks, static_cast<int>(device.shared_per_multiprocessor / shared));
 }
@@ -191,6 +190,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const std::lock_guard lock(device_mutex());
+  ++device_state().questions;
   FunctionState& function = device_state().functions[kernel];
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize: {
@@ -213,14 +213,15 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   const std::lock_guard lock(device_mutex());
+  ++device_state().questions;
   const FunctionState& function = device_state().functions[kernel];
   const emulation::Device& device = device_state().device;
   *attributes = {};
   attributes->sharedSizeBytes = function.static_shared;
   attributes->maxThreadsPerBlock = emulation::kThreadsPerBlock;
-  attributes->numRegs = emulation::kRegistersPerThread;
+  attributes->numRegs = device.registers_per_thread;
   attributes->binaryVersion = device.compute_major * 10 + device.compute_minor;
-  attributes->ptxVersion = attributes->binaryVersion;
+  attributes->ptxVersion = device.architecture_of_code();
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(function.dynamic_shared_limit);
   return cudaSuccess;
 }
@@ -243,6 +244,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           int threads, std::size_t dynamic_shared) {
   if (threads <= 0) return emulation::record(cudaErrorInvalidValue);
   const std::lock_guard lock(device_mutex());
+  ++device_state().questions;
   *blocks = emulation::resident_blocks(device_state().device, device_state().functions[kernel],
                                        static_cast<unsigned>(threads), dynamic_shared);
   return cudaSuccess;

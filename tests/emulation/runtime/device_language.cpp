@@ -6,7 +6,9 @@ namespace emulation {
 
 void block_barrier(Place place) { Machine::instance().block_barrier(place); }
 void grid_barrier(Place place) { Machine::instance().grid_barrier(place); }
-void cluster_arrive(Place place) { Machine::instance().cluster_arrive(place); }
+void cluster_arrive(Place place, bool is_relaxed) {
+  Machine::instance().cluster_arrive(place, is_relaxed);
+}
 void cluster_wait(Place place) { Machine::instance().cluster_wait(place); }
 bool is_cooperative() { return Machine::instance().is_cooperative(); }
 

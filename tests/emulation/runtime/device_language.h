@@ -33,7 +33,7 @@ inline int lane() { return static_cast<int>(thread_rank_in_block() % warpSize); 
 
 void block_barrier(Place place);
 void grid_barrier(Place place);
-void cluster_arrive(Place place);
+void cluster_arrive(Place place, bool is_relaxed = false);
 void cluster_wait(Place place);
 bool is_cooperative();
 unsigned block_rank_in_cluster();
@@ -90,6 +90,9 @@ inline void __syncthreads(emulation::Place place = emulation::Place::current()) 
 }
 inline void __syncwarp(unsigned mask = ~0u, emulation::Place place = emulation::Place::current()) {
   emulation::warp_barrier(mask, place);
+}
+inline void __cluster_barrier_arrive_relaxed(emulation::Place place = emulation::Place::current()) {
+  emulation::cluster_arrive(place, true);
 }
 inline void __threadfence() { emulation::fence(); }
 inline void __threadfence_block() { emulation::fence(); }

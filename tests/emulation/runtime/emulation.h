@@ -29,6 +29,18 @@ struct Device {
   std::size_t l2_bytes = 50 << 20;
   bool cooperative_launch = true;
   bool cluster_launch = true;
+  bool odd_clusters = true;       // also those that are no power of two
+  int registers_per_thread = 32;  // of every kernel
+  // What kernels were compiled for, 80 for 8.0; 0 is the device itself. An older one's code is
+  // compiled anew by the driver, but not for more than it asks for.
+  int code_architecture = 0;
+  // Others have so many multiprocessors to themselves. Occupancy leaves them out of account, and a
+  // cooperative launch that needs them is refused.
+  int held_multiprocessors = 0;
+
+  int architecture_of_code() const {
+    return code_architecture > 0 ? code_architecture : compute_major * 10 + compute_minor;
+  }
 
   // Compute capability 7.5: 64 KiB of shared memory, 1024 threads a multiprocessor, no clusters.
   static Device turing();
@@ -46,6 +58,8 @@ void set_seed(std::uint64_t seed);
 // What has happened since the program started.
 struct Counts {
   std::uint64_t launches = 0;
+  std::uint64_t refusals = 0;   // cooperative launches that were too large
+  std::uint64_t questions = 0;  // of occupancy and functions, and what was set of them
   std::uint64_t threads = 0;
   std::uint64_t switches = 0;  // how often a thread was given the processor
 };

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <mutex>
 
@@ -23,6 +24,7 @@ struct FunctionState {
 struct DeviceState {
   Device device;
   std::map<const void*, FunctionState> functions;
+  std::uint64_t questions = 0;  // Counts
 };
 
 // One launch or question at a time. Kernels launch no kernels, so it is never taken twice.

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "emulation.h"
@@ -15,7 +16,7 @@ namespace {
 constexpr unsigned kPortableCluster = 8, kLargestCluster = 16;
 
 thread_local cudaError_t last_error = cudaSuccess;
-std::uint64_t launch_count = 0;
+std::uint64_t launch_count = 0, refusals = 0;
 
 std::uint64_t volume(dim3 dim) { return std::uint64_t{dim.x} * dim.y * dim.z; }
 
@@ -53,6 +54,7 @@ cudaError_t check_cluster(const Device& device, const FunctionState& function,
   if (!device.cluster_launch) return cudaErrorNotSupported;
   const unsigned largest = function.non_portable_cluster ? kLargestCluster : kPortableCluster;
   if (size == 0 || size > largest) return cudaErrorInvalidClusterSize;
+  if (!device.odd_clusters && !std::has_single_bit(size)) return cudaErrorInvalidClusterSize;
   const dim3 grid = config.gridDim;
   const bool divides =
       grid.x % cluster.x == 0 && grid.y % cluster.y == 0 && grid.z % cluster.z == 0;
@@ -75,8 +77,11 @@ cudaError_t check_resources(const Device& device, const FunctionState& function,
   if (launch.resident_blocks == 0) return cudaErrorInvalidConfiguration;
   if (!launch.cooperative) return cudaSuccess;
   if (!device.cooperative_launch) return cudaErrorNotSupported;
-  const bool fits = volume(config.gridDim) <= launch.resident_blocks;
-  return fits ? cudaSuccess : cudaErrorCooperativeLaunchTooLarge;
+  const auto held =
+      static_cast<std::size_t>(blocks) * static_cast<std::size_t>(device.held_multiprocessors);
+  if (volume(config.gridDim) + held <= launch.resident_blocks) return cudaSuccess;
+  ++refusals;
+  return cudaErrorCooperativeLaunchTooLarge;
 }
 
 cudaError_t check(const cudaLaunchConfig_t& config, const FunctionState& function, Launch& launch) {
@@ -85,6 +90,7 @@ cudaError_t check(const cudaLaunchConfig_t& config, const FunctionState& functio
   if (error == cudaSuccess) error = check_dimensions(config);
   if (error == cudaSuccess) error = check_cluster(device, function, config, launch.cluster);
   if (error == cudaSuccess) error = check_resources(device, function, config, launch);
+  launch.code_architecture = device.architecture_of_code();
   launch.dynamic_shared = config.dynamicSmemBytes;
   launch.static_shared_limit = device.shared_per_block_optin - config.dynamicSmemBytes;
   return error;
@@ -121,7 +127,8 @@ void set_seed(std::uint64_t seed) {
 Counts counts() {
   const std::lock_guard lock(device_mutex());
   const Machine& machine = Machine::instance();
-  return {launch_count, machine.threads_run(), machine.switches()};
+  return {launch_count, refusals, device_state().questions, machine.threads_run(),
+          machine.switches()};
 }
 
 }  // namespace emulation
@@ -131,6 +138,7 @@ extern "C" {
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
                                            const cudaLaunchConfig_t* config) {
   const std::lock_guard lock(emulation::device_mutex());
+  ++emulation::device_state().questions;
   const emulation::FunctionState& function = emulation::device_state().functions[kernel];
   emulation::Launch launch;
   cudaLaunchConfig_t anywhere = *config;  // how many clusters fit at all, however large the grid

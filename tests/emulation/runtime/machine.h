@@ -115,6 +115,7 @@ struct Launch {
   std::size_t dynamic_shared = 0;
   std::size_t static_shared_limit = 0;
   std::size_t resident_blocks = 0;  // at a time, over the whole device
+  int code_architecture = 0;        // 90 for 9.0
   const std::function<void()>* body = nullptr;
 };
 
@@ -131,7 +132,8 @@ class Machine {
 
   void block_barrier(Place place);
   void grid_barrier(Place place);
-  void cluster_arrive(Place place);
+  // Relaxed: what the thread wrote before is not yet there for others.
+  void cluster_arrive(Place place, bool is_relaxed);
   void cluster_wait(Place place);
   void meet(unsigned mask, Place place, const Exchange& exchange);
   void yield();
@@ -162,7 +164,7 @@ class Machine {
   std::string describe_deadlock() const;
 
   // rendezvous.cpp
-  void arrive_at(Barrier& barrier, Place place);
+  void arrive_at(Barrier& barrier, Place place, bool is_relaxed = false);
   void wait_for(Barrier& barrier, unsigned phase);
   void wake(Thread& thread);
   Meeting& join(Warp& warp, unsigned mask, unsigned lane, Place place);

@@ -85,7 +85,7 @@ void Machine::wake(Thread& thread) {
   make_ready(thread);
 }
 
-void Machine::arrive_at(Barrier& barrier, Place place) {
+void Machine::arrive_at(Barrier& barrier, Place place, bool is_relaxed) {
   const Unseen unseen;
   yields_in_a_row_ = 0;
   if (barrier.arrived == 0) {
@@ -93,7 +93,7 @@ void Machine::arrive_at(Barrier& barrier, Place place) {
   } else if (!same_place(barrier.place, place)) {
     fail_divergent({barrier.what, place}, {barrier.what, barrier.place});
   }
-  barrier.order[barrier.phase % 2].release();
+  if (!is_relaxed) barrier.order[barrier.phase % 2].release();
   if (++barrier.arrived < barrier.size) return;
   barrier.arrived = 0;
   ++barrier.phase;
@@ -131,14 +131,17 @@ void Machine::grid_barrier(Place place) {
   wait_for(grid_, phase);
 }
 
-void Machine::cluster_arrive(Place place) {
+void Machine::cluster_arrive(Place place, bool is_relaxed) {
   Barrier& barrier = current_->block->cluster->barrier;
+  if (launch_.code_architecture < 90) {
+    throw Failure(Wait{barrier.what, place}.describe() + ": the code is for less than 9.0");
+  }
   if (std::exchange(current_->has_arrived_at_cluster, true)) {
     throw Failure(Wait{barrier.what, place}.describe() +
                   ": a thread arrives again without having waited");
   }
   current_->cluster_phase = barrier.phase;
-  arrive_at(barrier, place);
+  arrive_at(barrier, place, is_relaxed);
 }
 
 void Machine::cluster_wait(Place place) {
