@@ -35,7 +35,8 @@ cudaError_t permit_shared_memory(const void* kernel, const DeviceLimits& limits)
                               static_cast<int>(most));
 }
 
-cudaError_t clusters_at_once(const void* kernel, int size, std::int64_t shared, int* clusters) {
+// 0 where the driver refuses the size, with whichever error: a plan can do without.
+int clusters_at_once(const void* kernel, int size, std::int64_t shared) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(size);
@@ -46,11 +47,10 @@ cudaError_t clusters_at_once(const void* kernel, int size, std::int64_t shared, 
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-  if (error != cudaErrorInvalidClusterSize) return error;
-  (void)cudaGetLastError();  // an answer, not a failure
-  *clusters = 0;
-  return cudaSuccess;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  (void)cudaGetLastError();
+  return 0;
 }
 
 // No more than the plan counts on; at least the one block that any kernel is compiled for.
@@ -64,8 +64,8 @@ cudaError_t ask(const Kernel& kernel, const DeviceLimits& limits, Occupancy* occ
       static_cast<std::size_t>(shared_room(limits, assumed.blocks)));
   occupancy->blocks = std::clamp(blocks, 1, assumed.blocks);
   const std::int64_t shared = shared_room(limits, occupancy->blocks);
-  for (int size = 2; error == cudaSuccess && size <= limits.max_cluster; ++size) {
-    error = clusters_at_once(kernel.function, size, shared, &occupancy->clusters[size]);
+  for (int size = 2; size <= limits.max_cluster; ++size) {
+    occupancy->clusters[size] = clusters_at_once(kernel.function, size, shared);
   }
   return error;
 }
