@@ -24,7 +24,7 @@ import torch
 
 import setup_cuda
 from batchnorm_ext import _C
-from benchmarks import graphs, shapes
+from benchmarks import graphs, measure, shapes
 from benchmarks.gpu import device, journal, missing, native, profile, run, steps, summary, tensors
 from benchmarks.gpu import tests as test_step
 from benchmarks.gpu import timings as timing_step
@@ -127,6 +127,22 @@ def test_no_steps_failure_stops_the_next(check: Checks, capsys: pytest.CaptureFi
     assert "TROUBLE: has no tool: missing, no nvcc-of-nobody" in capsys.readouterr().out
     for name, state in result.states.items():
         assert f"| {name} | {state} |" in result.page
+
+
+def test_a_step_whose_own_time_was_up_has_not_failed(check: Checks) -> None:
+    ends = script("raise SystemExit(3)")
+    result = check(Step("measures", ends, 10, time_was_up=3), limit=60)
+    assert (result.states, result.status) == ({"measures": "ok"}, 0)
+    assert result.why("measures") == "its time was up"
+    assert check(Step("measures", ends, 10, time_was_up=4)).status == 1
+
+
+def test_the_benchmark_ends_by_itself_and_says_so() -> None:
+    step = next(s for stage in steps.table(False) for s in stage if s.name == "benchmark")
+    own = float(step.command[step.command.index("--limit") + 1])
+    assert own + 10 < step.limit
+    assert "--lines" in step.command
+    assert step.time_was_up == measure.INCOMPLETE
 
 
 def test_what_is_missing_is_no_failure_of_the_emulated_check(check: Checks) -> None:
@@ -402,6 +418,7 @@ def test_a_summary_of_nothing_is_refused(tmp_path: Path) -> None:
 
 LIST = """
 import os, sys, time
+from benchmarks import measure
 from benchmarks.gpu import items
 
 def fine(): pass
@@ -452,6 +469,7 @@ def test_the_status_of_a_list(tmp_path: Path) -> None:
 
 WAITS = """
 import os, time
+from benchmarks import measure
 from benchmarks.gpu import items
 raise SystemExit(items.work_off({f"at {os.getpid()}": lambda: time.sleep(60)}, 60, lambda: None))
 """

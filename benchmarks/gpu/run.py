@@ -95,6 +95,8 @@ class Running:
             return ("interrupted" if self.why == "interrupted" else "timed out"), self.why + late
         if status == 0:
             return "ok", ""
+        if status is not None and status == self.step.time_was_up:
+            return "ok", "its time was up"
         last = (tail(self.log) or ["no output"])[-1]
         if status == missing.STATUS:
             return "missing", last.removeprefix("missing: ")

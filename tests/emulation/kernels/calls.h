@@ -126,9 +126,8 @@ void make(const Case& c, const char* what, const Call& call) {
     buffers.back()->send();
     return Workspace{buffers.back()->device()};
   };
-  expect_success(c, what, check::call([&] {
-    return cuda::run(opened(), call, c.forced, nullptr, allocate);
-  }));
+  expect_success(
+      c, what, check::call([&] { return cuda::run(opened(), call, c.forced, nullptr, allocate); }));
   for (const auto& buffer : buffers) {
     expect(c, buffer->guards_are_intact(), "the workspace is as large as planned");
   }

@@ -52,7 +52,7 @@ void send(const Memory& memory);
 std::string set_up(Case* c);
 
 // As set_up left it. A program opens its device once, and so is it for a case.
-cuda::Device& opened();
+batchnorm::cuda::Device& opened();
 
 // What the device's driver was asked, and refused, so far; 0 where nobody counts.
 struct Driver {
