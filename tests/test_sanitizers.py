@@ -40,6 +40,7 @@ ALL = tuple(
     path.stem.removeprefix("kernels_") for path in sorted((CSRC / "cpu").glob("kernels_*.cpp"))
 )
 HAS = available_capabilities()
+CASES_OF_EACH = 2000
 #: Those that one program has. The last two are one for all dtypes but bfloat16.
 PROGRAMS: list[Names] = [("portable",), ("avx2",), ("avx512", "avx512_bf16")]
 
@@ -135,8 +136,9 @@ def checked(result: subprocess.CompletedProcess[str], on: str) -> int:
     "names", drawn(INSTRUCTION_SETS, [[names] for names in parts()]), ids=" ".join
 )
 def test_memory_and_values(names: Names) -> None:
-    result = run(with_address(names), 6000, 1, "any", names=names)
-    assert checked(result, " ".join(names)) >= 6000
+    cases = CASES_OF_EACH * len(names)
+    result = run(with_address(names), cases, 1, "any", names=names)
+    assert checked(result, " ".join(names)) >= cases
 
 
 def test_threads() -> None:
