@@ -25,9 +25,9 @@ STEPS = "ten steps of several processes by activation"
 EXPERIMENTS = "the training experiments in a tiny form"
 PARTS = {
     INSTRUCTION_SETS: 3,
-    CASES: 2,
-    # Of each of four dtypes the cases in 3 and 9 parts: with a factor in common with the number of
-    # plans (10), a part would miss some of them.
+    # The last two are of each of four dtypes the cases in 3 and 9 parts. With a factor in common
+    # with the numbers of plans (10) and devices (7), a part would miss some of them.
+    CASES: 3,
     ACCESSES: 12,
     RACES: 36,
     EMULATED: 4,
