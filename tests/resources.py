@@ -3,7 +3,7 @@ wide its accesses are.
 
     python tests/resources.py          # compiles csrc/cuda, warnings as errors; build/resources.csv
                                        # and, of 9.0's PTX, build/accesses.csv
-    python tests/resources.py --turn 3 # all architectures for one dtype, 9.0 for the others
+    python tests/resources.py --turn 3 # all architectures for one file of kernels, 9.0 for others
 
 `make nvcc-check` calls it and test_resources.py reads the table. A file that has not changed is not
 compiled again.
@@ -33,7 +33,9 @@ ACCESSES = ROOT / "build" / "accesses.csv"
 LOGS = ROOT / "build" / "nvcc"
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;11.0;12.0+PTX"
 ALWAYS = "9.0"
-DTYPES = ("float", "double", "bfloat16", "half")  # as the files of the kernels are named
+# As the files of the kernels are named.
+KERNELS = [f"kernels_{way}_{dtype}" for way in ("forward", "backward")
+           for dtype in ("float", "double", "bfloat16", "half")]  # fmt: skip
 FLAGS = [*NVCC_FLAGS, "-I", str(CSRC), "-Xptxas=-v", "-Werror=all-warnings"]
 FLAGS += ["-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"]
 
@@ -198,10 +200,14 @@ def read_accesses(path: Path) -> list[Accesses]:
         return [Accesses(row[0], *map(int, row[1:])) for row in list(csv.reader(file))[1:]]
 
 
+def of_turn(turn: int) -> str:
+    """The file that is compiled for all architectures."""
+    return KERNELS[turn % len(KERNELS)]
+
+
 def architectures_of(source: Path, architectures: str, turn: int | None) -> str:
     """Those that a file is compiled for."""
-    dtype = source.stem.rpartition("_")[2]
-    is_others_turn = turn is not None and dtype in DTYPES and dtype != DTYPES[turn % len(DTYPES)]
+    is_others_turn = turn is not None and source.stem in KERNELS and source.stem != of_turn(turn)
     return ALWAYS if is_others_turn else architectures
 
 
@@ -209,7 +215,7 @@ def main() -> None:
     """Compiles every file, for all architectures where it is its turn."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--architectures", default=ARCHITECTURES)
-    parser.add_argument("--turn", type=int, help="that of one dtype; without, all have theirs")
+    parser.add_argument("--turn", type=int, help="that of one file; without, all have theirs")
     parser.add_argument("--output", type=Path, default=TABLE)
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
@@ -217,8 +223,8 @@ def main() -> None:
         return
     if arguments.turn is not None:
         print(
-            f"turn {arguments.turn}: {DTYPES[arguments.turn % len(DTYPES)]} for all architectures; "
-            f"left out today: the other dtypes' kernels for any but {ALWAYS}"
+            f"turn {arguments.turn}: {of_turn(arguments.turn)} for all architectures; "
+            f"left out today: the other kernels for any but {ALWAYS}"
         )
 
     def log_of(source: Path) -> str:

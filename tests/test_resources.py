@@ -80,12 +80,14 @@ def test_the_table_is_of_these_kernels(table: list[Resources]) -> None:
     assert all(of in (everything, {"sm_90"}) for of in architectures.values())
 
 
-def test_each_dtype_has_its_turn() -> None:
-    source = resources.CSRC / "cuda" / "kernels_forward_double.cu"
+def test_each_file_of_kernels_has_its_turn() -> None:
+    folder = resources.CSRC / "cuda"
+    assert sorted(resources.KERNELS) == sorted(path.stem for path in folder.glob("kernels_*.cu"))
+    source = folder / "kernels_forward_double.cu"
     assert resources.architectures_of(source, "8.0;9.0", None) == "8.0;9.0"
-    turns = [resources.architectures_of(source, "8.0;9.0", turn) for turn in range(5)]
-    assert turns == ["9.0", "8.0;9.0", "9.0", "9.0", "9.0"]
-    launcher = source.with_name("launch_forward.cu")
+    turns = [resources.architectures_of(source, "8.0;9.0", turn) for turn in range(9)]
+    assert turns == ["9.0", "8.0;9.0", *["9.0"] * 7]
+    launcher = folder / "launch_forward.cu"
     assert resources.architectures_of(launcher, "8.0;9.0", 0) == "8.0;9.0"
 
 
