@@ -203,8 +203,9 @@ class _Run:
 
     def subject(self) -> str:
         """Who was compared on what, and where."""
-        name = torch.cuda.get_device_name() if self._devices else "cpu"
-        where = name if self._devices else f"{name}, {torch.get_num_threads()} threads"
+        where = f"cpu, threads: {torch.get_num_threads()}"
+        if self._devices:
+            where = torch.cuda.get_device_name(next(iter(self._devices)))
         return f"{type(self._base).__name__}, {self._arguments}, {where}, torch {torch.__version__}"
 
     def begin(self, key: _Key) -> None:

@@ -143,10 +143,8 @@ def _gain(torchs: Candidate, ours: Candidate, training: bool) -> str:
 
 
 def _norm_lines(norms: Norms) -> Iterator[str]:
-    yield (
-        f"{len(norms.found)} batch norms: {len(norms.converted)} converted, {len(norms.joined)} "
-        "joined with what follows"
-    )
+    found, converted, joined = (len(x) for x in (norms.found, norms.converted, norms.joined))
+    yield f"batch norms: {found}; converted: {converted}; joined with what follows: {joined}"
     reasons: dict[str, list[str]] = {}
     for what, entries in (("not converted", norms.left), ("not joined", norms.unjoined)):
         for entry in entries:

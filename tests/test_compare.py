@@ -82,12 +82,33 @@ def test_the_model_and_the_generators_stay(training: bool) -> None:
     model.conv.register_forward_hook(lambda *_: None)
     x = images(0, dtype=torch.float32).requires_grad_()
     model(x)["y"].sum().backward()
-    before, data, slope = snapshot(model), x.detach().clone(), x.grad
+    before, data, slope = snapshot(model), x.detach().clone(), copy.deepcopy(x.grad)
     compared(model, x)
     after = snapshot(model)
     assert after[0] == before[0]
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
-    assert torch.equal(x, data) and x.grad is slope
+    torch.testing.assert_close((x.detach(), x.grad), (data, slope), rtol=0, atol=0)
+
+
+def test_inputs_that_the_model_writes_to_stay() -> None:
+    x = images(0, dtype=torch.float32)
+    before = x.clone()
+    result = compared(nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(3)), x)
+    assert result.compared and torch.equal(x, before)
+
+
+def test_gradients_are_those_of_one_step(plant: Any) -> None:
+    seen: list[bool] = []
+
+    def watch(model: Any) -> nn.Module:
+        model.register_forward_pre_hook(
+            lambda *_: seen.append(any(p.grad is not None for p in model.parameters()))
+        )
+        return model
+
+    plant("fused", watch)
+    compared(rounds=3)
+    assert seen and not any(seen)
 
 
 def test_the_logger_speaks_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -409,7 +430,7 @@ def test_the_command_prints_the_table(
     assert command(f"my_models:{name}") == 0
     out, err = capfd.readouterr()
     assert out.startswith("Net, float32 (2, 3, 4, 4), cpu")
-    assert "1 batch norms: 1 converted, 1 joined" in out and err == ""
+    assert "batch norms: 1; converted: 1; joined with what follows: 1\n" in out and err == ""
     assert {line.split()[0] for line in out.splitlines() if line} >= {*NAMES}
 
 
