@@ -5,12 +5,14 @@
 `torch.nn`; `BatchNormAct1d/2d/3d` fuse an activation; `convert_batchnorm` and
 `revert_batchnorm` exchange the modules of a whole model; `fuse_batchnorm` and `unfuse_batchnorm`
 join its batch norms with the activations and adds that follow, `fusion_report` says which;
-`decompositions` takes exported programs to torch's own operators. `SyncBatchNorm`,
-`SyncBatchNormAct`, `convert_sync_batchnorm` and `revert_sync_batchnorm` take the statistics of
-several processes together.
+`compare` measures what that brings for a model; `decompositions` takes exported programs to torch's
+own operators. `SyncBatchNorm`, `SyncBatchNormAct`, `convert_sync_batchnorm` and
+`revert_sync_batchnorm` take the statistics of several processes together.
 """
 
 from batchnorm_ext._version import __version__
+from batchnorm_ext.comparing import compare
+from batchnorm_ext.comparison import Comparison
 from batchnorm_ext.control import (
     accumulate_statistics,
     freeze_batchnorm,
@@ -47,6 +49,7 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "Comparison",
     "FusionReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
@@ -57,6 +60,7 @@ __all__ = [
     "__version__",
     "accumulate_statistics",
     "batch_norm",
+    "compare",
     "convert_batchnorm",
     "convert_sync_batchnorm",
     "decompositions",

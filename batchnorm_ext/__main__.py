@@ -1,8 +1,9 @@
 """``python -m batchnorm_ext``: what is installed, and the command that mends what is wrong.
 
-``python -m batchnorm_ext plan`` shows how a CUDA call would be cut into work (see plan.py).
+``python -m batchnorm_ext plan`` shows how a CUDA call would be cut into work (see plan.py), and
+``python -m batchnorm_ext compare`` what this package brings for a model (see compare_command.py).
 
-Exit status: 0 where all is well, 1 where a problem is listed.
+Exit status: 0 where all is well, 1 where a problem is listed, or nothing could be compared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import _C, __version__, plan
+from . import _C, __version__, compare_command, plan
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 REBUILD_WITH_CUDA = f"BATCHNORM_EXT_CUDA=1 {REBUILD}"
@@ -173,13 +174,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m batchnorm_ext", description="Report.")
     parser.add_argument("--version", action="version", version=f"batchnorm_ext {__version__}")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    commands = parser.add_subparsers(dest="command", metavar="plan")
+    commands = parser.add_subparsers(dest="command", metavar="{plan,compare}")
     plan.add_arguments(
         commands.add_parser("plan", help="how a CUDA call would be cut into work, and why")
     )
+    compare_command.add_arguments(
+        commands.add_parser("compare", help="what this package brings for a model of yours")
+    )
     arguments = parser.parse_args(argv)
-    if arguments.command == "plan":
-        return plan.run(arguments)
+    if arguments.command is not None:
+        return int({"plan": plan, "compare": compare_command}[arguments.command].run(arguments))
     report = collect()
     found = list(problems(report))
     if arguments.json:

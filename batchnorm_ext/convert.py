@@ -177,7 +177,7 @@ def _exchange(
     model: _Model,
     table: Mapping[type[nn.Module], type[nn.Module]],
     *,
-    leave: type | tuple[type, ...],
+    leave: type[nn.Module] | tuple[type[nn.Module], ...],
     done: type | tuple[type, ...],
     verb: str,
 ) -> _Model:
@@ -190,12 +190,18 @@ def _exchange(
             _change_class(module, new)
             changed += 1
         elif isinstance(module, leave) and not isinstance(module, done):
-            cls = type(module)
-            left.append(f"{name or 'the model'} ({cls.__module__}.{cls.__qualname__}{why})")
+            left.append(f"{name or 'the model'} ({_described(module, new)})")
     _logger.info("batch norm modules %s: %d", verb, changed)
     if left:
         _logger.warning("batch norm modules not %s: %s", verb, ", ".join(left))
     return model
+
+
+def _described(module: nn.Module, new: type[nn.Module] | None) -> str:
+    """Its class, and what hinders it from becoming `new`, where there is one for it."""
+    cls = type(module)
+    why = "" if new is None else _hindrance(module, new)
+    return f"{cls.__module__}.{cls.__qualname__}{why}"
 
 
 def _hindrance(module: nn.Module, new: type[nn.Module]) -> str:

@@ -52,6 +52,11 @@ PACKAGE_LAYERS = {
     "joined": {"functional", "modules", "trace"},
     "sites": {"convert", "joined", "modules", "trace"},
     "fuse": {"convert", "joined", "sites", "trace"},
+    "table": set[str](),
+    "turns": set[str](),
+    "trial": set[str](),
+    "comparison": {"fuse", "table", "turns"},
+    "comparing": {"comparison", "convert", "fuse", "modules", "table", "trial", "turns"},
     "reference": set[str](),
     "__init__": {
         "_version",
@@ -60,13 +65,16 @@ PACKAGE_LAYERS = {
         "functional",
         "policies",
         "modules",
+        "comparing",
+        "comparison",
         "control",
         "convert",
         "fuse",
         "sync_modules",
     },
     "plan": {"_C"},
-    "__main__": {"__init__", "_C", "_version", "plan"},
+    "compare_command": {"comparing", "table", "trial"},
+    "__main__": {"__init__", "_C", "_version", "compare_command", "plan"},
 }
 # The one run-time dependency.
 FOREIGN = {"torch"}
