@@ -132,7 +132,7 @@ def overhead_tables(result: dict[str, Any]) -> list[Table]:
 def goal_table(goals: list[dict[str, Any]]) -> Table:
     """The project's goals against this run, and against what the copy limit would allow."""
     table = simple_table("Goals")
-    table.add_column("goal", overflow="fold", max_width=36)
+    table.add_column("goal", overflow="fold", max_width=48)
     for name in ("target", LIMIT_HEAD, "measured", "cases", "reached"):
         table.add_column(name, justify="right")
     for row in goals:
