@@ -172,10 +172,17 @@ def control_text(result: dict[str, Any]) -> str:
     )
 
 
+def _was_busy(result: dict[str, Any]) -> bool:
+    """Whether more wanted to run than there are processors, or equal copies came out different."""
+    processors = int(result["environment"]["cpu"].get("CPU(s)", 1))
+    load = result["settings"].get("load_average_before", 0)
+    control = result["control"]
+    return bool(load > processors or control["claimed"] > DISTURBED * control["cases"])
+
+
 def show_warnings(result: dict[str, Any], console: Console) -> None:
     """What keeps a result from being whole or right; nothing where it is."""
-    control = result["control"]
-    if control["claimed"] > DISTURBED * control["cases"]:
+    if _was_busy(result):
         text = "The machine was busy with something else: do not quote this run."
         say(console, text, "yellow")
     if incomplete := incomplete_text(result):

@@ -60,6 +60,7 @@ def test_a_dozen_lines_and_the_rest_in_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(overview, "show_warnings", lambda *_: None)  # of other tests' load
     found = invoke("overview", "--output", str(tmp_path / "results"))
     assert found.exit_code == 0, found.output
     assert len(found.output.splitlines()) <= 18, found.output
@@ -133,6 +134,19 @@ def test_typical_and_worst() -> None:
     mean = results.pd.Series(first).prod() ** (1 / len(first))
     cells = [list(column.cells) for column in overview.speed_table(result).columns]
     assert cells[2][0] == f"{mean:.2f}x ({min(first):.2f}x)"
+
+
+@pytest.mark.parametrize(
+    ("load", "claimed", "busy"), [(1.9, 10, False), (2.1, 0, True), (0.1, 14, True)]
+)
+def test_a_busy_machine_is_said(load: float, claimed: int, busy: bool) -> None:
+    result = results.read_json(STORED)
+    result["settings"]["load_average_before"] = load
+    result["control"] |= {"claimed": claimed, "cases": 127}
+    console = Console(file=io.StringIO(), width=200)
+    report.show_warnings(result, console)
+    assert isinstance(console.file, io.StringIO)
+    assert ("do not quote this run" in console.file.getvalue()) is busy
 
 
 # --- nothing is cut off ----------------------------------------------------------------------
