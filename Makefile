@@ -1,7 +1,7 @@
 # From a fresh clone, on a machine with python3 (and its headers), make and gcc:
 #
 #   make test          build, then every test but the slow ones
-#   make benchmark     build, then the quick benchmark and three of the training experiments
+#   make benchmark     build, then the quick benchmark and a training run, summed up
 #
 # VENV=path            a virtual environment of your own; the torch it has is kept
 # PYTHON=python3.12    the Python that .venv is made with
@@ -84,7 +84,7 @@ $(STAMPS)/torch: | $(PY)
 	@$(PY) -c 'import torch; print("torch", torch.__version__, "in $(VENV)")'
 	@mkdir -p $(@D) && touch $@
 
-# What an extra in pyproject.toml asks for, without the package itself (which is built in place).
+# What an extra in pyproject.toml asks for, without the package itself (which is installed by the build).
 define LIST_EXTRA
 import sys
 try:
@@ -112,17 +112,23 @@ FOR_DEVELOPERS := $(STAMPS)/test+bench+docs+dev
 # One stamp, named after the environment and the backends: a build for another environment is a build
 # for another torch.
 # Folders are prerequisites too, so that a file that was added or removed counts.
+# An editable install: the sources are what is imported, from any folder. It compiles what has changed.
 BUILT := build/built-for$(subst /,-,$(VENV))$(BATCHNORM_EXT_CUDA:%=-cuda-%)
 $(BUILT): setup.py setup_cuda.py batchnorm_ext/_version.py $(shell find csrc) \
         $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py) | $(STAMPS)/torch
 	@rm -f $(@D)/built-for*
-	@$(call QUIETLY,build) 'compiling' $(PY) setup.py build_ext --inplace
+	@$(call QUIETLY,build) 'compiling' \
+	    $(PIP) install --verbose --no-index --no-deps --no-build-isolation --editable .
 	@touch $@
-ifeq ($(wildcard batchnorm_ext/_C*.so),)
+IS_BUILT := $(wildcard batchnorm_ext/_C*.so)
+# Which sources are imported, as setuptools writes it: another checkout's may have been installed since.
+FINDERS := $(wildcard $(VENV)/lib/python*/site-packages/__editable___batchnorm_ext_*_finder.py)
+IS_INSTALLED := $(if $(FINDERS),$(shell grep -lF "'$(CURDIR)/batchnorm_ext'" $(FINDERS)))
+ifeq ($(and $(IS_BUILT),$(IS_INSTALLED)),)
 .PHONY: $(BUILT)
 endif
 
-build: $(BUILT)  ## build the extension in place
+build: $(BUILT)  ## build the extension in place, and install it (editable)
 
 # Every kernel is compiled for every architecture by nvcc-check; here one is enough, and the rest need
 # not be fast. No GPU is needed.
@@ -172,13 +178,10 @@ mutants: $(STAMPS)/test  ## planted mistakes in the CUDA kernels; MUTANTS=k/n ta
 sanitize: $(BUILT) $(STAMPS)/test  ## the CPU kernels under AddressSanitizer and UBSan
 	$(PY) -m pytest tests/test_sanitizers.py -m 'slow or not slow' $(PYTEST_ARGS)
 
-# Each experiment writes its result file and its figures to benchmarks/results.
-SHOWN := faster-training learning-rates against-torch
-# 3: a slow machine had no time for some cases, and the tables say so.
+# 3: a slow machine had no time for some cases, and the output says so.
 UNLESS_SLOW := || [ $$? -eq 3 ]
-benchmark: $(BUILT) $(STAMPS)/bench  ## the quick benchmark, then training on real data
-	$(PY) -m benchmarks run --preset quick $(UNLESS_SLOW)
-	$(PY) -m benchmarks train --quick $(SHOWN:%=--experiment %)
+benchmark: $(BUILT) $(STAMPS)/bench  ## how fast it is, and that it trains as torch does: 2 minutes
+	@$(PY) -m benchmarks overview $(UNLESS_SLOW)
 
 # Twenty minutes on 2 cores.
 why-batch-norm: $(BUILT) $(STAMPS)/bench  ## every experiment in full, and docs/why-batch-norm.md

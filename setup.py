@@ -88,6 +88,15 @@ def jobs() -> int:
 class Build(BuildExtension):
     """torch's, which leaves the order to the names and the number of jobs to ninja."""
 
+    def finalize_options(self) -> None:
+        """Keeps what an editable install compiles, so that the next one compiles what has changed.
+
+        setuptools has it compiled into a folder that is removed.
+        """
+        super().finalize_options()
+        if self.editable_mode:
+            self.build_temp = str(ROOT / "build" / f"temp.{sys.implementation.cache_tag}")
+
     def build_extension(self, ext: Any) -> None:
         """Compiles the longest sources first, so that no core waits for another's at the end."""
         os.environ.setdefault("MAX_JOBS", str(jobs()))
@@ -177,7 +186,7 @@ def main() -> None:
     check_platform()
     # A ninja installed beside this Python counts, also where its environment is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    if "build_ext" in sys.argv or "bdist_wheel" in sys.argv:
+    if {"build_ext", "bdist_wheel", "editable_wheel"} & set(sys.argv):
         why = f", no CUDA: {without}" if without and setting == "auto" else ""
         print(
             f"batchnorm_ext {package_version()}: {backends} backend for torch {torch.__version__} "

@@ -1,4 +1,4 @@
-"""The command line: run, collect, compare, plot, env, train, micro, penalty, sync, predict.
+"""The benchmarks: checks and times, training runs, their tables and pictures.
 
 torch is loaded by the commands only.
 """
@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from benchmarks import shapes
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Run
 
 ALLOCATORS = ("default", "huge-pages")
 TRAIN_DEVICES = ("auto", *shapes.DEVICES)
@@ -47,8 +50,7 @@ def _require_extension() -> None:
         import batchnorm_ext  # noqa: F401
     except ImportError as error:
         print(
-            f"benchmarks: batchnorm_ext cannot be imported ({error}); build it first: "
-            "python setup.py build_ext --inplace",
+            f"benchmarks: batchnorm_ext cannot be imported ({error}); build it first: make build",
             file=sys.stderr,
         )
         raise typer.Exit(2) from None
@@ -82,6 +84,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 @app.command()
+def overview(
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+) -> None:
+    """Time the quick preset, train beside torch, and say what it shows: 2 minutes on 2 cores.
+
+    Exit status: that of `run`, and 1 where the training is not equal to torch's.
+    """
+    _require_extension()
+    from benchmarks import overview as summing_up
+
+    raise typer.Exit(summing_up.run(output))
+
+
+@app.command()
 def run(
     preset: Annotated[str, typer.Option(help=", ".join(shapes.PRESETS))] = "quick",
     device: Annotated[str, typer.Option(help=", ".join(shapes.DEVICES))] = "cpu",
@@ -104,7 +120,9 @@ def run(
         Path | None, typer.Option(help="new file: what is found, a JSON line each, at once")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
-    json: Annotated[bool, typer.Option(help="write the result file")] = True,
+    json: Annotated[
+        bool, typer.Option(help="write the result file, and its tables as text")
+    ] = True,
     csv: Annotated[bool, typer.Option(help="write every case as CSV")] = False,
     md: Annotated[bool, typer.Option(help="write the tables as Markdown")] = False,
     plot: Annotated[bool, typer.Option(help="draw the result (PNG and SVG)")] = False,
@@ -149,9 +167,19 @@ def run(
     _require_device(device)
     from benchmarks import measure
 
-    formats = {"json": json, "csv": csv, "md": md, "plot": plot}
+    formats = {"json": json, "txt": json, "csv": csv, "md": md, "plot": plot}
     wanted = [name for name, chosen in formats.items() if chosen]
-    raise typer.Exit(measure.run(preset, selection, budget, limit, lines, output, wanted))
+    _show(measure.run(preset, selection, budget, limit, lines, output, wanted))
+
+
+def _show(finished: Run) -> NoReturn:
+    from benchmarks import overview as summing_up
+    from benchmarks.console import make_console
+
+    console = make_console()
+    summing_up.print_run(finished, console)
+    summing_up.name_files(finished, console)
+    raise typer.Exit(finished.status)
 
 
 @app.command()
@@ -168,31 +196,38 @@ def collect(
     except (OSError, ValueError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    raise typer.Exit(measure.publish(entries, output, ["json", "md"] if md else ["json"]))
+    _show(measure.write(entries, output, ["json", "txt", "md"] if md else ["json", "txt"]))
 
 
 @app.command()
 def compare(
     files: Annotated[list[Path], typer.Argument(help="one result file, or two to compare")],
     candidate: Annotated[str, typer.Option(help="whose times, with two files")] = "ours",
+    goals: Annotated[
+        bool, typer.Option("--goals", help="of one file: what the project set itself, too")
+    ] = False,
 ) -> None:
     """Show the tables of one result file, or two files side by side."""
+    from benchmarks import console as consoles
+    from benchmarks import goals as targets
     from benchmarks import report, results
 
     if len(files) > 2:
         raise typer.BadParameter("compare takes one or two files")
     documents = [_read(path) for path in files]
-    console = report.make_console()
+    console = consoles.make_console()
     if len(documents) == 1:
         report.print_report(documents[0], console)
+        if goals:
+            consoles.show(console, report.goal_table(targets.goals(documents[0])))
         return
     first, second = (document["environment"] for document in documents)
     for key in ("cpu", "torch", "torch_allocator", "cpu_capability"):
         pair = [env.get(key, env["batchnorm_ext"].get(key)) for env in (first, second)]
         if pair[0] != pair[1]:
-            console.print(f"[yellow]different {key}:[/yellow] {pair[0]} | {pair[1]}")
-    console.print(
-        "Two runs are not interleaved: the machine's state differs between them.", style="dim"
+            consoles.say(console, f"different {key}: {pair[0]} | {pair[1]}", "yellow")
+    consoles.say(
+        console, "Two runs are not interleaved: the machine's state differs between them.", "dim"
     )
     frames = [results.frame(document) for document in documents]
     try:
@@ -200,7 +235,7 @@ def compare(
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-    console.print(table)
+    consoles.show(console, table)
 
 
 @app.command()
@@ -221,9 +256,9 @@ def kernels() -> None:
     _require_extension()
     _require_device("cuda")
     from benchmarks import kernels as profiling
-    from benchmarks import report
+    from benchmarks.console import make_console, show
 
-    report.make_console().print(profiling.table(profiling.run()))
+    show(make_console(), profiling.table(profiling.run()))
 
 
 @app.command()

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.candidates import OURS, make_calls, make_data
-from benchmarks.report import simple_table
+from benchmarks.console import simple_table
 from benchmarks.shapes import BASELINES, LAYOUTS, Group, find_shape
 
 SHAPES = ("128x64x56x56", "128x512x7x7", "4096x1024")
@@ -60,8 +60,9 @@ def _kernels(group: Group, candidate: str) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as they are."""
     made = simple_table("Kernels of a training step's forward and backward (bn_relu)")
-    for name in ("shape", "layout", "dtype", "candidate", "kernel"):
-        made.add_column(name, no_wrap=name != "kernel")
+    for name in ("shape", "layout", "dtype", "candidate"):
+        made.add_column(name)
+    made.add_column("kernel", overflow="fold", max_width=60)  # names of hundreds of characters
     for name in ("calls", "us"):
         made.add_column(name, justify="right")
     for row in rows:

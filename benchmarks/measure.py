@@ -7,13 +7,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import interrupts, overhead, report, results
+from benchmarks.console import make_console, progress_bar, say
 from benchmarks.environment import cache_bytes
 from benchmarks.record import Entry, Record
 from benchmarks.runner import Runner
@@ -21,6 +22,7 @@ from benchmarks.shapes import PRESETS, Group, Preset, Selection
 
 ENDINGS = {
     "json": [".json"],
+    "txt": [".txt"],
     "csv": [".csv"],
     "md": [".md"],
     "plot": ["-speedup.png", "-speedup.svg", "-limit.png", "-limit.svg"],
@@ -56,12 +58,8 @@ def measure(groups: Sequence[Group], preset: Preset, device: str, runner: Runner
 
     Returns why some were skipped; "" where none was.
     """
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn()),
-        *(MofNCompleteColumn(), TimeElapsedColumn()),
-    )
     # No refresh thread: it would take turns with the candidates.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
+    with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("host time", total=len(groups))
         progress.refresh()
         for row in overhead.host_time(preset.host_rounds, device):
@@ -72,7 +70,7 @@ def measure(groups: Sequence[Group], preset: Preset, device: str, runner: Runner
 
         def before(group: Group) -> None:
             nonlocal started
-            progress.update(task, description=str(group), advance=int(started))
+            progress.update(task, description=group.shape.name, advance=int(started))
             progress.refresh()
             started = True
 
@@ -83,6 +81,15 @@ def measure(groups: Sequence[Group], preset: Preset, device: str, runner: Runner
     return ""
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended: its result, the files of it by format, and the exit status."""
+
+    result: dict[str, Any]
+    files: dict[str, list[Path]]
+    status: int
+
+
 def run(
     name: str,
     selection: Selection,
@@ -91,15 +98,17 @@ def run(
     lines: Path | None,
     output: Path | None,
     formats: list[str],
-) -> int:
-    """Measure and publish, also what there is when a signal or an error ends the run.
+) -> Run:
+    """Measure and write, also what there is when a signal or an error ends the run.
 
-    The exit status is publish's, or after a signal 128 and its number, after an error 1.
+    The exit status is write's, or after a signal 128 and its number, after an error 1.
     """
     preset = PRESETS[name]
     counts = thread_counts(preset, selection)
     groups = selection.groups(preset, counts)
     budget_s, limit_s = limits_of(preset, budget_s, limit_s)
+    text = f"timing {len(groups)} groups of cases against torch, about {budget_s:.0f} s ..."
+    say(make_console(), text)
     record = Record(lines)
     runner = Runner(budget_s, limit_s, preset.rounds, cache_bytes(selection.device), record)
     settings = {
@@ -125,34 +134,37 @@ def run(
         traceback.print_exc()
         end, status = f"{type(error).__name__}: {error}".splitlines()[0], 1
     record.add("end", end)
-    published = publish(record.entries, output, formats)
-    return status or published
+    written = write(record.entries, output, formats)
+    return replace(written, status=status or written.status)
 
 
-def publish(entries: Sequence[Entry], output: Path | None, formats: list[str]) -> int:
-    """Write the result of a run, then show it.
+def write(entries: Sequence[Entry], output: Path | None, formats: list[str]) -> Run:
+    """Write the result of a run.
 
     The exit status: 1 where a check failed, INCOMPLETE where something was skipped, else 0.
     """
     result = results.build_result(entries)
     endings = [ending for wanted in formats for ending in ENDINGS[wanted]]
     stem = results.free_stem(output or results.RESULTS, results.stem_for(result), endings)
-    written: list[Path] = []
-    if "json" in formats:
-        written.append(results.write_json(result, Path(f"{stem}.json")))
-    if "csv" in formats:
-        written.append(Path(f"{stem}.csv"))
-        results.frame(result).to_csv(written[-1], index=False, mode="x", float_format="%.4f")
-    if "md" in formats:
-        written.append(results.write_markdown(result, Path(f"{stem}.md")))
-    if "plot" in formats:
+    files = {wanted: _write(wanted, result, stem) for wanted in formats}
+    status = 1 if result["failures"] else INCOMPLETE if result["incomplete"] else 0
+    return Run(result, files, status)
+
+
+def _write(wanted: str, result: dict[str, Any], stem: Path) -> list[Path]:
+    """The files of one format."""
+    if wanted == "plot":
         from benchmarks import plots
 
-        written.extend(plots.draw(result, stem))
-    console = report.make_console()
-    report.print_report(result, console)
-    for path in written:
-        console.print(f"written: {path}", highlight=False, soft_wrap=True)
-    if result["failures"]:
-        return 1
-    return INCOMPLETE if result["incomplete"] else 0
+        return plots.draw(result, stem)
+    path = Path(f"{stem}{ENDINGS[wanted][0]}")
+    if wanted == "json":
+        results.write_json(result, path)
+    elif wanted == "csv":
+        results.frame(result).to_csv(path, index=False, mode="x", float_format="%.4f")
+    elif wanted == "md":
+        results.write_markdown(result, path)
+    else:
+        with path.open("x", encoding="utf-8") as file:
+            report.print_report(result, make_console(file))
+    return [path]

@@ -20,6 +20,7 @@ from torch import Tensor
 from batchnorm_ext import _C
 from benchmarks import limits, report, results
 from benchmarks.candidates import EPS, OURS, Calls, make_calls, make_data
+from benchmarks.console import make_console, show
 from benchmarks.shapes import FEWEST_ROUNDS, MODES, Group, find_shape
 from benchmarks.timing import Ratio, interleave
 
@@ -241,5 +242,5 @@ def measure(budget_s: float) -> dict[str, Any]:
 def run(output: Path | None, budget_s: float) -> None:
     """Measure, show, write."""
     result = measure(budget_s)
-    report.make_console().print(*report.micro_tables(result))
+    show(make_console(), *report.micro_tables(result))
     print("written:", results.write_result(result, output))

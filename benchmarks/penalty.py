@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from batchnorm_ext import fuse_batchnorm
 from benchmarks import report, results
 from benchmarks.candidates import OURS, in_layout
+from benchmarks.console import make_console, show
 from benchmarks.shapes import FEWEST_ROUNDS, LAYOUTS, Shape
 from benchmarks.timing import Ratio, geometric_mean, interleave
 
@@ -122,5 +123,5 @@ def measure(budget_s: float) -> dict[str, Any]:
 def run(output: Path | None, budget_s: float) -> None:
     """Measure, show, write."""
     result = measure(budget_s)
-    report.make_console().print(report.penalty_table(result))
+    show(make_console(), report.penalty_table(result))
     print("written:", results.write_result(result, output))

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.candidates import OURS
+from benchmarks.environment import device_name
 from benchmarks.limits import FASTEST
 from benchmarks.shapes import BASELINES, DIRECTIONS, LAYOUTS, OPS
 from benchmarks.timing import geometric_mean
@@ -43,11 +44,16 @@ DTYPE_STYLE: dict[str, tuple[str, str]] = {
     "float16": (GREEN, "^"),
     "float64": (RED, "v"),
 }
-OP_NAMES = {"bn": "BN", "bn_relu": "BN+ReLU", "bn_add_relu": "BN+add+ReLU"}
-DIRECTION_NAMES = {"forward": "Forward (training)", "backward": "Backward", "eval": "Eval"}
+OP_NAMES = {"bn": "batch norm", "bn_relu": "batch norm+ReLU", "bn_add_relu": "batch norm+add+ReLU"}
+DIRECTION_NAMES = {
+    "forward": "Forward (training)",
+    "backward": "Backward",
+    "eval": "Inference (eval)",
+}
 CANDIDATE_STYLE: dict[str, tuple[str, str, str]] = {
     OURS: (BLUE, "o", "batchnorm_ext"),
-    "eager": (ORANGE, "s", "torch eager"),
+    "eager": (ORANGE, "s", "torch"),
+    "cudnn_off": (RED, "v", "torch without cuDNN"),
     "compile": (GREEN, "^", "torch.compile"),
 }
 SPREAD = 0.2
@@ -137,13 +143,32 @@ def draw_speedups(result: dict[str, Any], baseline: str, stem: Path) -> list[Pat
         grid[0][0].set_yticks(range(len(rows)), names)
         grid[0][0].set_ylim(len(rows) - 0.5, -0.5)
         peer = CANDIDATE_STYLE[baseline][2]
-        figure.supxlabel(f"time of {peer} / time of batchnorm_ext (log scale)", fontsize=9)
+        figure.supxlabel(
+            f"times as fast: {peer}'s time over batchnorm_ext's, log scale "
+            "(2x = twice as fast, left of 1x = slower)",
+            fontsize=9,
+        )
         dtypes = [d for d in DTYPE_STYLE if _select(result, dtype=d)]
-        handles = [_dot(*DTYPE_STYLE[dtype], dtype) for dtype in dtypes]
-        handles.append(_dot(GREY, "o", "quartiles overlap: no claim", filled=False))
-        handles.append(plt.Line2D([], [], color="black", lw=2, label="geometric mean"))
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+        handles = [_dot(*DTYPE_STYLE[dtype], f"a shape, {dtype}") for dtype in dtypes]
+        handles.append(_dot(GREY, "o", "too close to tell (quartiles overlap)", filled=False))
+        handles.append(plt.Line2D([], [], color="black", lw=2, label="typical (geometric mean)"))
+        # As the legend's title, since a figure's own would lie under the legend.
+        figure.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=len(handles),
+            title=f"How many times as fast as {peer}: batchnorm_ext on {_machine(result)}",
+            title_fontproperties={"size": 11, "weight": "bold"},
+        )
         return save(figure, stem)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    threads = sorted({case["threads"] for case in _select(result)})
+    name = device_name(result["environment"])
+    if result["environment"]["device"] != "cpu":
+        return name
+    return f"{name}, {'/'.join(map(str, threads))} thread{'' if threads == [1] else 's'}"
 
 
 def _dot(colour: str, marker: str, label: str = "", *, filled: bool = True) -> Any:

@@ -1,23 +1,21 @@
-"""What the terminal shows of a result: rich tables, drawn after the timing."""
+"""The tables of a result, drawn after the timing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.candidates import OURS
+from benchmarks.console import say, show, simple_table
 from benchmarks.environment import device_name
 from benchmarks.limits import FASTEST
 from benchmarks.results import CASE_KEYS, incomplete_text
 from benchmarks.shapes import BASELINES, DIRECTIONS
 from benchmarks.timing import Ratio, Stats
 
-WIDTH = 120
-WIDTH_PER_PEER = 18
 # Share of the control's pairs that the rule may call different before a run counts as disturbed.
 DISTURBED = 0.1
 LIMIT_HEAD = "at copy\nlimit"
@@ -29,16 +27,6 @@ SHORT = {
     "float16": "fp16",
     "float64": "fp64",
 }
-
-
-def make_console() -> Console:
-    """A console at least as wide as the tables: a narrower terminal wraps them, nothing is cut."""
-    return Console(width=max(WIDTH, Console().width))
-
-
-def simple_table(title: str) -> Table:
-    """The one style of all tables."""
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
 def time_text(seconds: float) -> str:
@@ -66,10 +54,10 @@ def case_table(result: dict[str, Any]) -> Table:
     )
     table = simple_table(title)
     for name in ("shape", "layout", "dtype", "op", "thr"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     shown = [d for d in DIRECTIONS if any(c["direction"] == d for c in result["cases"])]
     for direction in shown:
-        table.add_column(direction, justify="right", no_wrap=True)
+        table.add_column(direction, justify="right")
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     for case in result["cases"]:
         key = tuple(case[k] for k in ("shape", "layout", "dtype", "op", "threads"))
@@ -92,9 +80,9 @@ def summary_table(result: dict[str, Any]) -> Table:
     """Geometric mean and worst case of every (op, direction, layout, dtype, threads)."""
     table = simple_table("Times as fast, over the shapes")
     for name in ("op", "direction", "layout", "dtype", "thr", "against"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     for name in ("mean", LIMIT_HEAD, "~", "worst", "worst shape", "clone", "fastest\ncopy"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in result["summary"]:
         for baseline, values in row["speedup"].items():
             fraction = row["beyond_cache"]
@@ -117,7 +105,6 @@ def summary_table(result: dict[str, Any]) -> Table:
         "at copy limit: that mean for a kernel as fast as the fastest copy of the same bytes. "
         "clone, fastest copy: fraction of it, tensors larger than the last-level cache only."
     )
-    table.caption_justify = "left"
     return table
 
 
@@ -142,13 +129,13 @@ def overhead_tables(result: dict[str, Any]) -> list[Table]:
     return [table for table in (host, saved) if table.row_count]
 
 
-def goal_table(result: dict[str, Any]) -> Table:
+def goal_table(goals: list[dict[str, Any]]) -> Table:
     """The project's goals against this run, and against what the copy limit would allow."""
     table = simple_table("Goals")
-    table.add_column("goal", no_wrap=True)
+    table.add_column("goal", overflow="fold", max_width=48)
     for name in ("target", LIMIT_HEAD, "measured", "cases", "reached"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result["goals"]:
+        table.add_column(name, justify="right")
+    for row in goals:
         limit = row["at_limit"]
         beyond = limit is not None and limit < row["target"]
         missed = "[red]beyond limit[/red]" if beyond else "[red]no[/red]"
@@ -156,52 +143,66 @@ def goal_table(result: dict[str, Any]) -> Table:
         cells = ("" if figure is None else f"{figure:.2f}" for figure in figures)
         table.add_row(row["goal"], *cells, str(row["cases"]), "yes" if row["reached"] else missed)
     table.caption = "at copy limit: what a kernel as fast as the fastest copy would reach here."
-    table.caption_justify = "left"
     return table
 
 
-def show_control(control: dict[str, Any], console: Console) -> None:
+def environment_text(result: dict[str, Any]) -> str:
+    """Where a result comes from: processor, threads, torch, instruction set, allocator."""
+    environment, settings = result["environment"], result["settings"]
+    ours = environment["batchnorm_ext"]
+    threads = "/".join(map(str, settings.get("threads", ())))
+    parts = [
+        device_name(environment),
+        *([f"{threads} thread{'' if threads == '1' else 's'}"] if threads else []),
+        f"torch {environment['torch']}",
+        f"batchnorm_ext {ours['version']} ({ours['cpu_capability']})",
+    ]
+    if environment["torch_allocator"] != "default":
+        parts.append(f"allocator: {environment['torch_allocator']}")
+    return ", ".join(parts)
+
+
+def control_text(result: dict[str, Any]) -> str:
     """How the rule of the quartiles fared on two candidates that are the same."""
-    if not control["cases"]:
-        return
-    share = control["claimed"] / control["cases"]
-    console.print(
+    control = result["control"]
+    return (
         f"Control: x.clone() was timed twice in each case; the quartiles kept apart "
         f"{control['claimed']} of {control['cases']} such pairs, half of the ratios lie in "
-        f"{control['ratio_q1']:.2f}-{control['ratio_q3']:.2f}.",
-        highlight=False,
+        f"{control['ratio_q1']:.2f}-{control['ratio_q3']:.2f}."
     )
-    if share > DISTURBED:
-        console.print(
-            "[yellow]The machine was busy with something else: do not quote this run.[/yellow]"
-        )
+
+
+def _was_busy(result: dict[str, Any]) -> bool:
+    """Whether more wanted to run than there are processors, or equal copies came out different."""
+    processors = int(result["environment"]["cpu"].get("CPU(s)", 1))
+    load = result["settings"].get("load_average_before", 0)
+    control = result["control"]
+    return bool(load > processors or control["claimed"] > DISTURBED * control["cases"])
+
+
+def show_warnings(result: dict[str, Any], console: Console) -> None:
+    """What keeps a result from being whole or right; nothing where it is."""
+    if _was_busy(result):
+        text = "The machine was busy with something else: do not quote this run."
+        say(console, text, "yellow")
+    if incomplete := incomplete_text(result):
+        say(console, f"{incomplete} The result file names them.", "yellow")
+    for failure in result["peer_failures"]:
+        say(console, f"peer left out: {failure}", "yellow")
+    for failure in result["failures"]:
+        say(console, f"check failed: {failure}", "red")
 
 
 def print_report(result: dict[str, Any], console: Console) -> None:
     """Everything about one result."""
-    environment = result["environment"]
-    wide = WIDTH + WIDTH_PER_PEER * (len(_baselines(result)) - 1)
-    console.width = max(console.width, wide)
-    console.print(
-        f"{device_name(environment)}, torch {environment['torch']}, "
-        f"batchnorm_ext {environment['batchnorm_ext']['version']} "
-        f"({environment['batchnorm_ext']['cpu_capability']}), "
-        f"allocator: {environment['torch_allocator']}",
-        highlight=False,
-    )
+    say(console, environment_text(result))
     if any(case["timings"] for case in result["cases"]):
-        console.print(case_table(result), summary_table(result))
-    console.print(*overhead_tables(result))
-    if result["goals"]:
-        console.print(goal_table(result))
-    show_control(result["control"], console)
-    console.print(f"Note: {result['notes'][-1]}", style="dim", highlight=False)
-    if incomplete := incomplete_text(result):
-        console.print(f"[yellow]{incomplete} The result file names them.[/yellow]", highlight=False)
-    for failure in result["peer_failures"]:
-        console.print(f"[yellow]peer left out:[/yellow] {failure}", highlight=False)
-    for failure in result["failures"]:
-        console.print(f"[red]check failed:[/red] {failure}", highlight=False)
+        show(console, case_table(result), summary_table(result))
+    show(console, *overhead_tables(result))
+    if result["control"]["cases"]:
+        say(console, control_text(result))
+    say(console, f"Note: {result['notes'][-1]}", "dim")
+    show_warnings(result, console)
 
 
 def _quartiles(timing: dict[str, Any]) -> str:
@@ -214,7 +215,7 @@ def _trial_row(row: dict[str, Any]) -> tuple[str, ...]:
     work = f"{row['mode']} {row['shape']} {SHORT[row['layout']]}"
     times = (time_text(row["timings"][name]["median"]) for name in ("chosen", "forced"))
     ratio = ratio_text(row["forced_over_chosen"])
-    return (row["threshold"], work, str(row["threads"]), fields, *times, ratio)
+    return (row["threshold"], work, str(row["threads"]), *times, ratio, fields)
 
 
 def micro_tables(result: dict[str, Any]) -> list[Table]:
@@ -226,16 +227,14 @@ def micro_tables(result: dict[str, Any]) -> list[Table]:
         timing = row["timing"]
         memory.add_row(row["what"], time_text(timing["median"]), _quartiles(timing))
     plans = simple_table("Plans, float32: the one chosen against another")
-    for name in ("threshold", "work", "thr", "chosen / forced", "chosen", "forced", "ratio"):
-        wraps = name == "chosen / forced"
-        left = wraps or name in ("threshold", "work")
-        plans.add_column(name, justify="left" if left else "right", no_wrap=not wraps)
+    for name in ("threshold", "work", "thr", "chosen", "forced", "ratio", "chosen / forced"):
+        left = name in ("threshold", "work", "chosen / forced")
+        plans.add_column(name, justify="left" if left else "right")
     for row in result["plans"]:
         plans.add_row(*_trial_row(row))
     plans.caption = (
         "train: forward and backward. ratio: how many times as long the forced one takes."
     )
-    plans.caption_justify = "left"
     costs = simple_table("Kernels, one core, data in L2: nanoseconds per 16 elements")
     for name in ("dtype", "kernel"):
         costs.add_column(name)
@@ -249,7 +248,6 @@ def micro_tables(result: dict[str, Any]) -> list[Table]:
             texts = (f"{cost['ns']:.2f} ± {cost['spread']:.2f}" for cost in found)
             costs.add_row(SHORT[dtype], kernel, *texts)
     costs.caption = "From the difference of two lengths, which is free of the cost of a call."
-    costs.caption_justify = "left"
     return [memory, plans, costs]
 
 
@@ -258,13 +256,12 @@ def penalty_table(result: dict[str, Any]) -> Table:
     table = simple_table("Gradient penalty: backward with a graph, and backward through it")
     for name in ("step", "shape", "layout", "dtype", "torch", "ours", "times as fast"):
         left = name in ("step", "shape", "layout", "dtype")
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        table.add_column(name, justify="left" if left else "right")
     for row in result["penalty"]:
         keys = (row["what"], row["shape"], SHORT[row["layout"]], SHORT[row["dtype"]])
         times = (time_text(row["timings"][name]["median"]) for name in ("eager", OURS))
         table.add_row(*keys, *times, ratio_text(row["speedup"]))
     table.caption = f"Geometric mean: {result['geometric_mean']:.2f} times as fast."
-    table.caption_justify = "left"
     return table
 
 
@@ -282,7 +279,6 @@ def sync_tables(result: dict[str, Any]) -> list[Table]:
         f"SyncBatchNorm puts {sent['bytes']} bytes into {sent['collectives']} collectives, "
         f"DistributedDataParallel {result['gradient_bytes']} bytes of gradients."
     )
-    steps.caption_justify = "left"
     single = simple_table("One collective of 2 C + 1 float64")
     for name in ("collective", "C", "median", "quartiles"):
         single.add_column(name, justify="left" if name == "collective" else "right")
@@ -300,7 +296,7 @@ def compare_table(a: pd.DataFrame, b: pd.DataFrame, candidate: str, labels: list
         raise ValueError(f"the two files have no case of {candidate} in common")
     table = simple_table(f"{candidate}: second file against first")
     for name in CASE_KEYS:
-        table.add_column(name if name != "threads" else "thr", no_wrap=True)
+        table.add_column(name if name != "threads" else "thr")
     for name in (*labels, "times as fast"):
         table.add_column(name, justify="right")
     for _, row in both.iterrows():

@@ -13,7 +13,7 @@ import pandas as pd
 from benchmarks.candidates import OURS
 from benchmarks.environment import collect, device_slug, git_state
 from benchmarks.record import KINDS, Entry
-from benchmarks.summary import control, goals, summarise
+from benchmarks.summary import control, summarise
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -56,7 +56,7 @@ def build_result(entries: Iterable[Entry]) -> dict[str, Any]:
     for kind, value in entries:
         found[kind].append(value)
     cases, done = found["case"], set(found["done"])
-    result: dict[str, Any] = {
+    return {
         **found["header"][0],
         "notes": NOTES,
         "incomplete": found["end"][0] if found["end"] else KILLED,
@@ -69,8 +69,6 @@ def build_result(entries: Iterable[Entry]) -> dict[str, Any]:
         "saved_bytes": found["saved_bytes"],
         "cases": cases,
     }
-    result["goals"] = goals(result)
-    return result
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> Path:
@@ -120,7 +118,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or result.get("schema") != SCHEMA or "cases" not in result:
         raise ValueError(f"{path}: not a result file with schema {SCHEMA}")
     result["summary"] = summarise(result["cases"])
-    result["goals"] = goals(result)
     return result
 
 
@@ -171,11 +168,10 @@ def incomplete_text(result: dict[str, Any]) -> str:
 
 
 def write_markdown(result: dict[str, Any], path: Path) -> Path:
-    """Summary, goals and every case as Markdown."""
+    """Summary and every case as Markdown."""
     cases = frame(result)
     sections = {
         "Summary": summary_frame(result),
-        "Goals": pd.DataFrame(result["goals"]).rename(columns={"at_limit": AT_LIMIT}),
         "Bytes kept for backward": pd.DataFrame(result["saved_bytes"]),
         "Cases": cases,
     }

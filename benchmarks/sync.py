@@ -28,6 +28,7 @@ from torch.utils.benchmark import timer
 import batchnorm_ext as bx
 from batchnorm_ext import synchronized
 from benchmarks import report, results
+from benchmarks.console import make_console, show
 from benchmarks.timing import Ratio, Stats
 
 IMAGES = (16, 3, 64, 64)  # of one process
@@ -159,5 +160,5 @@ def measure(procs: int, device: str, rounds: int) -> dict[str, Any]:
 def run(procs: int, device: str, rounds: int, output: Path | None) -> None:
     """Measure, show, write."""
     result = measure(procs, device, rounds)
-    report.make_console().print(*report.sync_tables(result))
+    show(make_console(), *report.sync_tables(result))
     print("written:", results.write_result(result, output))

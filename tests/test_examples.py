@@ -1,7 +1,11 @@
-"""The programs in examples/: each runs, shows what it is there to show, and stands on a page."""
+"""The programs in examples/: each runs, shows what it is there to show, and stands on a page.
+
+They run in another folder than the project's, as a user's programs do.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import runpy
@@ -11,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import batchnorm_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -83,12 +89,14 @@ def test_example(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     assert name in SHOWN, "say in SHOWN what it prints"
+    path = str(ROOT / "examples" / name)
+    monkeypatch.chdir(tmp_path)
     if name in ALONE:
-        output = output_of_process(name)
+        output = output_of_process(*LAUNCHERS.get(name, []), path)
     else:
-        path = str(ROOT / "examples" / name)
         monkeypatch.setattr(sys, "argv", [path, *OPTIONS.get(name, [])])
         torch.set_num_threads(1)
         runpy.run_path(path, run_name="__main__")
@@ -96,20 +104,40 @@ def test_example(
     assert re.search(SHOWN[name], output), output
 
 
-def output_of_process(name: str) -> str:
+def output_of_process(*arguments: str) -> str:
+    """What this Python prints, with the project on its path only where it is not installed."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if installed() is None:
+        environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [
-            *(sys.executable, *LAUNCHERS.get(name, [])),
-            f"examples/{name}",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *arguments],
+        env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@functools.cache
+def installed() -> str | None:
+    """The version of the package where any folder's programs import this project's, else None."""
+    code = (
+        "from importlib import metadata, util; spec = util.find_spec('batchnorm_ext');"
+        "print(spec.origin if spec else '', metadata.version('batchnorm_ext') if spec else '')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
+    origin, _, version = done.stdout.strip().rpartition(" ")
+    return version if origin == str(ROOT / "batchnorm_ext" / "__init__.py") else None
+
+
+def test_the_package_is_installed() -> None:
+    if installed() is None:
+        pytest.skip("batchnorm_ext is built in place but not installed: `make build` does both")
+    assert installed() == batchnorm_ext.__version__
 
 
 def test_every_example_stands_on_a_page() -> None:

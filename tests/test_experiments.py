@@ -14,7 +14,6 @@ import pytest
 import rotation
 import torch
 from bench_cases import invoke
-from rich.console import Console
 from rotation import drawn
 from torch import nn
 
@@ -217,6 +216,7 @@ def test_experiment_in_a_tiny_form(name: str, tiny: None, tmp_path: Path) -> Non
     )
     for ending in (".png", ".svg"):
         assert file.with_suffix(ending).stat().st_size > 5000
+    assert experiment.title in file.with_suffix(".txt").read_text()
     assert plots.plt.get_fignums() == []
     heads, rows = experiment.table(result)
     assert rows and all(len(row) == len(heads) for row in rows)
@@ -234,12 +234,12 @@ def test_experiment_in_a_tiny_form(name: str, tiny: None, tmp_path: Path) -> Non
 
 
 def test_workers_give_the_same_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment, console = EXPERIMENTS["gradient-flow"], Console(quiet=True)
+    experiment = EXPERIMENTS["gradient-flow"]
     runs = experiment.runs(experiment.sizes["tiny"])[:3]
     records = []
     for count in (1, 2):
         monkeypatch.setattr(run, "workers", lambda device, count=count: count)
-        records.append(list(run._records(experiment, runs, "cpu", console)))
+        records.append(list(run._records(experiment, runs, "cpu")))
     assert records[0] == records[1]
 
 

@@ -1,4 +1,4 @@
-"""What `make` prints while it builds (.ci/quietly), and what it refuses."""
+"""What `make` prints while it builds (.ci/quietly), when it builds, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: What a build by ninja prints, and how it ends.
+#: What a build by ninja prints within pip, and how it ends.
 BUILD = """
-print("batchnorm_ext 1.0: CPU backend for torch 2.99.0")
-print("running build_ext")
+print("  batchnorm_ext 1.0: CPU backend for torch 2.99.0")
+print("  warning: no previously-included files matching '*.o' found anywhere in distribution")
+print("  running build_ext")
 for k, name in enumerate(["core/plan", "cpu/forward"], 1):
-    print(f"[{k}/3] c++ -Ifolder -c -c /somewhere/csrc/{name}.cpp -o {name}.o -O3", flush=True)
-print("csrc/cpu/forward.cpp:7:3: warning: unused variable 'x'")
-print("[3/3] c++ -shared plan.o forward.o")
+    print(f"  [{k}/3] c++ -Ifolder -c -c /somewhere/csrc/{name}.cpp -o {name}.o -O3", flush=True)
+print("  csrc/cpu/forward.cpp:7:3: warning: unused variable 'x'")
+print("  [3/3] c++ -shared plan.o forward.o")
 raise SystemExit(STATUS)
 """
 
@@ -76,6 +77,72 @@ def test_a_terminal_gets_a_counter(tmp_path: Path) -> None:
     os.close(parent)
     assert "\r\033[Kcompiling 2 of 3: csrc/cpu/forward.cpp" in shown
     assert shown.endswith(" s\r\n")
+
+
+FINDER = "lib/python3.11/site-packages/__editable___batchnorm_ext_1_0_finder.py"
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> tuple[Path, Path]:
+    """A project with all that a build reads and leaves, and the environment it was built for."""
+    project, venv = tmp_path / "project", tmp_path / "venv"
+    sources = ["setup.py", "setup_cuda.py", "batchnorm_ext/_version.py", "csrc/core/plan.cpp"]
+    shutil.copytree(ROOT / ".ci", project / ".ci")
+    shutil.copy(ROOT / "Makefile", project)
+    for path in (
+        *(project / source for source in sources),
+        project / "batchnorm_ext" / "_C.so",
+        venv / "bin" / "python",
+        venv / ".batchnorm_ext" / "torch",
+        venv / FINDER,
+        project / "build" / f"built-for{str(venv).replace('/', '-')}",  # the newest
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    write_finder(venv, project)
+    return project, venv
+
+
+def write_finder(venv: Path, project: Path) -> None:
+    """What an editable install of the project leaves in the environment."""
+    (venv / FINDER).write_text(f"MAPPING = {{'batchnorm_ext': '{project}/batchnorm_ext'}}\n")
+
+
+def commands_of_build(project: Path, venv: Path) -> str:
+    """What `make build` would do."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "BATCHNORM"))}
+    return subprocess.run(
+        ["make", "--dry-run", "build", f"VENV={venv}"],
+        cwd=project,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_what_is_built_and_installed_is_left_alone(built: tuple[Path, Path]) -> None:
+    assert "pip" not in commands_of_build(*built)
+
+
+@pytest.mark.parametrize("lost", ["project/batchnorm_ext/_C.so", f"venv/{FINDER}"])
+def test_a_build_that_is_lost_is_done_again(
+    lost: str, built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / lost).unlink()
+    commands = commands_of_build(*built)
+    assert "--no-index --no-deps --no-build-isolation --editable ." in commands
+
+
+def test_another_checkout_in_the_environment_is_replaced(built: tuple[Path, Path]) -> None:
+    project, venv = built
+    write_finder(venv, project.parent / "another")
+    assert "--editable ." in commands_of_build(project, venv)
+
+
+def test_a_changed_source_is_built(built: tuple[Path, Path]) -> None:
+    os.utime(built[0] / "csrc" / "core" / "plan.cpp", (2**32, 2**32))
+    assert "--editable ." in commands_of_build(*built)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from setuptools import Distribution
 
 import batchnorm_ext
+import setup
 import setup_cuda
 from batchnorm_ext import _C, __main__
 from setup_cuda import Toolkit
@@ -50,6 +52,14 @@ def test_without_torch_setup_names_the_command() -> None:
         "runpy.run_path('setup.py', run_name='__main__')"
     )
     assert "pip install --no-build-isolation ." in refusal(run("-c", code))
+
+
+def test_an_editable_install_keeps_what_it_compiles() -> None:
+    """setuptools gives it a folder that is removed: each build would compile everything."""
+    command = setup.Build(Distribution())
+    command.editable_mode, command.build_temp = True, "/tmp/of-pip"
+    command.ensure_finalized()
+    assert Path(command.build_temp).parent == ROOT / "build"
 
 
 def test_an_unknown_cuda_setting_is_refused() -> None:

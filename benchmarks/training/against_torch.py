@@ -207,6 +207,27 @@ class AgainstTorch(Experiment):
         ]
         return f"{first}; a training step against torch's: " + "; ".join(times) + "."
 
+    def summary(self, result: dict[str, Any]) -> str:
+        """The finding in short, with the largest difference and its noise."""
+        records = frame(result)
+        pairs = [(task, variant) for task in TASK_NAMES for variant in COMPARED]
+        found = [judge(records, *pair) for pair in pairs]
+        word = "equal" if all(each["equal"] for each in found) else "NOT equal"
+        accuracies = [each["accuracy"] for each in found]
+        largest = max(accuracies, key=lambda accuracy: abs(accuracy["difference"]))
+        steps = [
+            TASKS[task].label.partition(",")[0]
+            + " "
+            + " and ".join(str(speedup(result["timings"][task], TORCH, v)) for v in COMPARED)
+            for task in TASK_NAMES
+        ]
+        return (
+            f"Training is {word} to torch's within noise: over {records.seed.nunique()} seeds the "
+            f"test accuracy differs by {abs(largest['difference']):.2%} at most, up to "
+            f"{STANDARD_ERRORS * largest['noise']:.2%} would be noise. A training step's speed, "
+            f"converted and fused, over torch's: {', '.join(steps)} (~: no difference shown)."
+        )
+
     def draw(self, figure: Figure, result: dict[str, Any]) -> None:
         """For each network: the losses of one seed, their distance from torch's, the times."""
         records = frame(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -12,12 +13,12 @@ import torch
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from benchmarks import plots, results
+from benchmarks.console import make_console, name_file, progress_bar, say, show, simple_table
 from benchmarks.environment import device_slug
 from benchmarks.plots import STYLE, plt
-from benchmarks.report import make_console, simple_table
 from benchmarks.training.experiment import Experiment, Settings, take_turns
 from benchmarks.training.figures import WIDTH
 from benchmarks.training.registry import EXPERIMENTS
@@ -44,28 +45,26 @@ def _measure(name: str, settings: Settings, device: str) -> Settings:
     return {**settings, **EXPERIMENTS[name].measure(settings, device)}
 
 
-def _records(
-    experiment: Experiment, runs: list[Settings], device: str, console: Console
-) -> Iterator[Settings]:
+def _records(experiment: Experiment, runs: list[Settings], device: str) -> Iterator[Settings]:
     """The record of each run, in the order of the runs, with a bar as they come."""
-    columns = (TextColumn("{task.description:17}"), BarColumn(), MofNCompleteColumn(),
-               TextColumn("runs"), TimeElapsedColumn())  # fmt: skip
     pool = Parallel(n_jobs=workers(device), return_as="generator")
-    with Progress(*columns, console=console) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task(experiment.name, total=len(runs))
         for record in pool(delayed(_measure)(experiment.name, s, device) for s in runs):
             progress.advance(bar)
             yield record
 
 
-def run_one(experiment: Experiment, size: str, device: str, console: Console) -> dict[str, Any]:
+def run_one(experiment: Experiment, size: str, device: str) -> dict[str, Any]:
     """Do every run of an experiment, then time its steps: the result document."""
     begin = time.perf_counter()
     arguments = experiment.sizes[size]
     settings = {"experiment": experiment.name, "size": size, "device": device,
                 "threads": THREADS, **arguments}  # fmt: skip
     document = results.header(settings)
-    records = list(_records(experiment, experiment.runs(arguments), device, console))
+    runs = experiment.runs(arguments)
+    say(make_console(), f"{experiment.name}: {len(runs)} runs of training ...")
+    records = list(_records(experiment, runs, device))
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     groups = experiment.timed(device, arguments)
@@ -85,18 +84,40 @@ def draw(experiment: Experiment, result: dict[str, Any], stem: Path) -> list[Pat
         return plots.save(figure, stem)
 
 
-def show(experiment: Experiment, result: dict[str, Any], console: Console) -> None:
-    """The finding and the table behind it."""
+def table(experiment: Experiment, result: dict[str, Any]) -> Table:
+    """The numbers behind the finding."""
     heads, rows = experiment.table(result)
-    table = simple_table(experiment.title)
+    made = simple_table(experiment.title)
     for index, head in enumerate(heads):
         cell = rows[0][index]
         names = bool(cell) and not any(letter.isdigit() for letter in cell[:3])
-        table.add_column(head, justify="left" if names else "right", no_wrap=names)
+        made.add_column(head, justify="left" if names else "right")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(experiment.finding(result), highlight=False)
+        made.add_row(*row)
+    return made
+
+
+def print_report(experiment: Experiment, result: dict[str, Any], console: Console) -> None:
+    """The finding and the table behind it."""
+    show(console, table(experiment, result))
+    say(console, experiment.finding(result))
+
+
+def write(
+    experiment: Experiment, result: dict[str, Any], output: Path | None
+) -> dict[str, list[Path]]:
+    """The result file, its tables and its figure, by format."""
+    slug = device_slug(result["environment"])
+    name = f"{slug}-{result['created'][:10]}-train-{experiment.name}-{result['settings']['size']}"
+    stem = results.free_stem(output or results.RESULTS, name, (".json", ".txt", ".png", ".svg"))
+    text = Path(f"{stem}.txt")
+    with text.open("x", encoding="utf-8") as file:
+        print_report(experiment, result, make_console(file))
+    return {
+        "json": [results.write_json(result, Path(f"{stem}.json"), indent=None)],
+        "txt": [text],
+        "plot": draw(experiment, result, stem),
+    }
 
 
 def run(names: list[str], size: str, device: str, output: Path | None, page: Path | None) -> int:
@@ -106,18 +127,16 @@ def run(names: list[str], size: str, device: str, output: Path | None, page: Pat
     console = make_console()
     device = choose_device(device)
     passed = True
-    files = []
+    documents = []
     for experiment in (EXPERIMENTS[name] for name in names):
-        result = run_one(experiment, size, device, console)
-        show(experiment, result, console)
+        result = run_one(experiment, size, device)
+        print_report(experiment, result, console)
         passed = passed and experiment.passed(result)
-        slug = device_slug(result["environment"])
-        name = f"{slug}-{result['created'][:10]}-train-{experiment.name}-{size}"
-        stem = results.free_stem(output or results.RESULTS, name, (".json", ".png", ".svg"))
-        files.append(results.write_json(result, Path(f"{stem}.json"), indent=None))
-        for path in (files[-1], *draw(experiment, result, stem)):
-            console.print(f"written: {path}", highlight=False, soft_wrap=True)
+        files = write(experiment, result, output)
+        documents += files["json"]
+        for path in itertools.chain(*files.values()):
+            name_file(console, "written", path)
     if page is not None:
-        page.write_text(pages.make(files, page), encoding="utf-8")
-        console.print(f"written: {page}", highlight=False, soft_wrap=True)
+        page.write_text(pages.make(documents, page), encoding="utf-8")
+        name_file(console, "written", page)
     return 0 if passed else 1
