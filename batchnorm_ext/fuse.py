@@ -69,6 +69,14 @@ class FusionReport(NamedTuple):
     another way for another type of argument has two if that changes what is joined), `unpaired`
     names the batch norms that nothing fusable follows, and `refused` those that are left for
     another reason.
+
+    Examples:
+        ```python
+        model = torch.nn.Sequential(torch.nn.BatchNorm2d(16), torch.nn.ReLU())
+        report = batchnorm_ext.fusion_report(model)
+        assert [place.norm for place in report.fused] == ["0"]
+        print(report)
+        ```
     """
 
     fused: tuple[Fused, ...]

@@ -20,7 +20,7 @@ this package, fused modules included, in both directions and without a change.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -212,6 +212,21 @@ class _Layer(_NormBase):
 class _DropIn(_Layer, _BatchNorm):
     """What the classes below put before torch's."""
 
+    if TYPE_CHECKING:  # torch's own constructor runs; editors and the documentation read this one
+
+        def __init__(
+            self,
+            num_features: int,
+            eps: float = 1e-5,
+            momentum: float | None = 0.1,
+            affine: bool = True,
+            track_running_stats: bool = True,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            *,
+            bias: bool = True,
+        ) -> None: ...
+
     def forward(self, input: Tensor) -> Tensor:
         return _forward(self, input, None, "identity", 0.0)
 
@@ -227,6 +242,19 @@ class BatchNorm1d(_DropIn, nn.BatchNorm1d):
 
     Formula: see the head of this module; `activation` is the identity and there is no residual.
 
+    Args:
+        num_features: C, the channels of the input.
+        eps: added to the variance; positive in training mode.
+        momentum: the share of the mini-batch in the new running statistics; None for the average of
+            all mini-batches so far.
+        affine: whether there are `weight` and `bias` to be trained.
+        track_running_stats: whether there are running statistics. Without, eval mode too normalises
+            with those of the mini-batch.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: False for a `weight` without a `bias`; not in torch 2.11, whose modules have no such
+            argument.
+
     Shapes: (N, C) or (N, C, L), and the output has the input's shape; C is `num_features`.
 
     Dtypes: float32, float64, bfloat16 or float16 input; the parameters and buffers may have
@@ -236,6 +264,13 @@ class BatchNorm1d(_DropIn, nn.BatchNorm1d):
     mode, and for an `eps` that is not positive.
 
     Source: Ioffe and Szegedy (2015); the documentation of `torch.nn.BatchNorm1d`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.BatchNorm1d(16)
+        y = norm(torch.randn(32, 16))
+        y = norm(torch.randn(32, 16, 100))
+        ```
     """
 
 
@@ -244,6 +279,14 @@ class BatchNorm2d(_DropIn, nn.BatchNorm2d):
 
     Everything else is as in `BatchNorm1d`. Contiguous and `channels_last` inputs are
     both computed where they lie.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.BatchNorm2d(16)
+        x = torch.randn(8, 16, 28, 28)
+        y = norm(x)
+        y = norm(x.to(memory_format=torch.channels_last))
+        ```
     """
 
 
@@ -252,32 +295,75 @@ class BatchNorm3d(_DropIn, nn.BatchNorm3d):
 
     Everything else is as in `BatchNorm1d`. Contiguous and `channels_last_3d` inputs are
     both computed where they lie.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.BatchNorm3d(16)
+        y = norm(torch.randn(4, 16, 8, 14, 14))
+        ```
     """
 
 
-class LazyBatchNorm1d(_DropIn, nn.LazyBatchNorm1d):
+class _LazyDropIn(_DropIn):
+    """The same for the lazy ones, which are made without `num_features`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            eps: float = 1e-5,
+            momentum: float | None = 0.1,
+            affine: bool = True,
+            track_running_stats: bool = True,
+            device: torch.device | str | int | None = None,
+            dtype: torch.dtype | None = None,
+            *,
+            bias: bool = True,
+        ) -> None: ...
+
+
+class LazyBatchNorm1d(_LazyDropIn, nn.LazyBatchNorm1d):
     """`torch.nn.LazyBatchNorm1d`: becomes a `BatchNorm1d` of this package.
 
     `num_features` is taken from `input.shape[1]` of the first input. Constructor, state_dict
     and errors are torch's.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.LazyBatchNorm1d()
+        y = norm(torch.randn(32, 16))
+        assert norm.num_features == 16
+        ```
     """
 
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(_DropIn, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_LazyDropIn, nn.LazyBatchNorm2d):
     """`torch.nn.LazyBatchNorm2d`: becomes a `BatchNorm2d` of this package.
 
     See `LazyBatchNorm1d`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.LazyBatchNorm2d()
+        y = norm(torch.randn(8, 16, 28, 28))
+        ```
     """
 
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(_DropIn, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_LazyDropIn, nn.LazyBatchNorm3d):
     """`torch.nn.LazyBatchNorm3d`: becomes a `BatchNorm3d` of this package.
 
     See `LazyBatchNorm1d`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.LazyBatchNorm3d()
+        y = norm(torch.randn(4, 16, 8, 14, 14))
+        ```
     """
 
     cls_to_become = BatchNorm3d
@@ -344,10 +430,14 @@ class BatchNormAct1d(_BatchNormAct):
     `activation(BN(x))`, where BN is what `BatchNorm1d` computes; the formula is at the
     head of this module.
 
-    `activation` is one of "identity" (or None), "relu", "relu6", "leaky_relu" (with
-    `negative_slope`), "elu" (with `alpha`), "silu", "gelu" (with `approximate`, "none" or
-    "tanh") and "hardswish". The other arguments are those of `torch.nn.BatchNorm1d`, with
-    `bias=False` for a weight without a bias.
+    Args:
+        activation: "identity" (or None), "relu", "relu6", "leaky_relu", "elu", "silu", "gelu" or
+            "hardswish".
+        negative_slope: of "leaky_relu".
+        alpha: of "elu".
+        approximate: of "gelu": "none" or "tanh".
+
+    The other arguments are those of `BatchNorm1d`.
 
     Shapes: (N, C) or (N, C, L); `residual` and the output have the input's shape, and
     `residual` may have any strides.
@@ -356,8 +446,7 @@ class BatchNormAct1d(_BatchNormAct):
     they differ, as they may under autocast: `module(x, shortcut.to(x.dtype))`.
 
     Errors: those of `BatchNorm1d`, `ValueError` for an unknown activation, an error for a
-    residual of another shape or dtype, and `TypeError` for `bias=False` where torch's own
-    modules have no such argument (torch 2.11).
+    residual of another shape or dtype, and `TypeError` for `bias=False` in torch 2.11.
 
     State: parameters, buffers and the state_dict are those of `torch.nn.BatchNorm1d`; either
     loads the other's checkpoint. The activation is not part of it.
@@ -370,6 +459,12 @@ class BatchNormAct1d(_BatchNormAct):
 
     Source: Ioffe and Szegedy (2015); the documentation of `torch.nn.BatchNorm1d` and of the
     activations in `torch.nn`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.BatchNormAct1d(16, activation="gelu", approximate="tanh")
+        y = norm(torch.randn(32, 16))
+        ```
     """
 
     _check_input_dim = nn.BatchNorm1d._check_input_dim
@@ -379,6 +474,14 @@ class BatchNormAct2d(_BatchNormAct):
     """Fused batch norm, residual and activation for input of shape (N, C, H, W).
 
     Everything else is as in `BatchNormAct1d`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.BatchNormAct2d(16, activation="relu")
+        x, shortcut = torch.randn(2, 8, 16, 28, 28)
+        y = norm(x)
+        y = norm(x, residual=shortcut)
+        ```
     """
 
     _check_input_dim = nn.BatchNorm2d._check_input_dim
@@ -388,6 +491,12 @@ class BatchNormAct3d(_BatchNormAct):
     """Fused batch norm, residual and activation for input of shape (N, C, D, H, W).
 
     Everything else is as in `BatchNormAct1d`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.BatchNormAct3d(16, activation="leaky_relu", negative_slope=0.2)
+        y = norm(torch.randn(4, 16, 8, 14, 14))
+        ```
     """
 
     _check_input_dim = nn.BatchNorm3d._check_input_dim

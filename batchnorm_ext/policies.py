@@ -29,6 +29,12 @@ class Policies:
 
     Raises:
         ValueError: for any other value.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.BatchNorm2d(16)
+        norm.policies = batchnorm_ext.Policies(nonfinite_statistics="skip")
+        ```
     """
 
     nonfinite_statistics: Literal["update", "skip"] = "update"

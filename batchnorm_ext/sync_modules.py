@@ -107,10 +107,9 @@ class SyncBatchNorm(_Synchronized, _DropIn):
     again on first use.
 
     Args:
-        num_features: C.
-        eps: as in `torch.nn.BatchNorm1d`, like `momentum`, `affine`, `track_running_stats`,
-            `device`, `dtype` and `bias`.
         process_group: a `torch.distributed.ProcessGroup`; None for all processes.
+
+    The other arguments are those of `BatchNorm1d`.
 
     Shapes: (N, C) or (N, C, *). Dtypes: those of `BatchNorm1d`.
 
@@ -119,6 +118,12 @@ class SyncBatchNorm(_Synchronized, _DropIn):
     the group's timeout.
 
     Source: Ioffe and Szegedy (2015); the documentation of `torch.nn.SyncBatchNorm`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.SyncBatchNorm(16)  # in each process
+        y = norm(torch.randn(8, 16, 28, 28))
+        ```
     """
 
     def __init__(
@@ -147,15 +152,44 @@ class SyncBatchNormAct(_Synchronized, _BatchNormAct):
 
     `module(x, residual)` is `activation(SyncBN(x) + residual)`. The arguments are those of
     `BatchNormAct1d`, and `process_group`. Everything else is as in `SyncBatchNorm`.
+
+    Examples:
+        ```python
+        norm = batchnorm_ext.SyncBatchNormAct(16, activation="silu")  # in each process
+        x, shortcut = torch.randn(2, 8, 16, 28, 28)
+        y = norm(x, residual=shortcut)
+        ```
     """
 
     def __init__(
         self,
         num_features: int,
         activation: str | None = "relu",
-        *args: Any,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
         process_group: Any = None,
-        **kwargs: Any,
+        bias: bool = True,
+        negative_slope: float = 0.01,
+        alpha: float = 1.0,
+        approximate: str = "none",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, activation, *args, **kwargs)
+        super().__init__(
+            num_features,
+            activation,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            bias=bias,
+            negative_slope=negative_slope,
+            alpha=alpha,
+            approximate=approximate,
+            device=device,
+            dtype=dtype,
+        )
         self.process_group = process_group

@@ -71,6 +71,11 @@ SHOWN = {
         r"single_value, default: +Expected more than 1 value.*\n.*running: .*\n"
         r".*zero_variance: +\[0\.0, 0\.0, 0\.0, 0\.0\]\n"
     ),
+    "resnet18_step_by_step.py": (
+        r"fused     4\.bn2: relu\(norm \+ residual\)\n(.*\n)*"
+        r"a training step .*\ntorch's .* 1\.00x .*\n"
+        r"((converted|fused|.*channels_last) .*\dx +\S+\n){4}"
+    ),
     "sharded.py": r"bfloat16, running_var torch\.float32\nweight torch\.float32, 4 of 8 here\n",
 }
 #: How an example is started that is for several processes.
@@ -78,7 +83,10 @@ LAUNCHERS = {
     "ddp_digits.py": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 }
 #: What makes an example shorter.
-OPTIONS = {"fuse_resnet.py": ["--steps", "1"]}
+OPTIONS = {
+    "fuse_resnet.py": ["--steps", "1"],
+    "resnet18_step_by_step.py": ["--steps", "1", "--batch", "2", "--size", "64", "--no-compile"],
+}
 #: What makes processes or a process group of its own, or compiles. The others run in this process,
 #: which has imported torch already.
 ALONE = {"compile_and_export.py", "ddp_digits.py", "distributed_data_parallel.py", "sharded.py"}
@@ -141,5 +149,18 @@ def test_the_package_is_installed() -> None:
 
 
 def test_every_example_stands_on_a_page() -> None:
-    pages = "".join(path.read_text() for path in (ROOT / "docs" / "workflows").glob("*.md"))
-    assert set(EXAMPLES) == set(re.findall(r"examples/([a-z]\w*\.py)", pages))
+    pages = [*(ROOT / "docs" / "workflows").glob("*.md"), ROOT / "docs" / "tutorial.md"]
+    text = "".join(page.read_text() for page in pages)
+    assert set(EXAMPLES) == set(re.findall(r"examples/([a-z]\w*\.py)", text))
+
+
+def test_the_tutorial_shows_what_its_example_prints() -> None:
+    """Each line is one that the program prints, and each step has one."""
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    program = (ROOT / "examples" / "resnet18_step_by_step.py").read_text()
+    blocks = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert re.search(SHOWN["resnet18_step_by_step.py"], "\n".join(blocks)), blocks
+    names = re.findall(r'^ +(?:models\[)?"([^"]+)"(?:: |\] = )', program, re.MULTILINE)
+    assert len(names) == 7
+    rows = re.findall(r"^(.+?) +\d+ ms +\d+ to \d+ ms +\d+\.\d\dx", "\n".join(blocks), re.MULTILINE)
+    assert rows == names
