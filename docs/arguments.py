@@ -54,6 +54,7 @@ def _sections(cls: Class) -> list[Any]:
 
 def _list_arguments(layer: Class, described: dict[str, str]) -> None:
     """Put the list of all arguments where the docstring has its own, or before the example."""
+    constructor: Any = layer.all_members["__init__"]  # a function, or another name of one
     arguments = [
         DocstringParameter(
             argument.name,
@@ -61,7 +62,7 @@ def _list_arguments(layer: Class, described: dict[str, str]) -> None:
             annotation=argument.annotation,
             value=argument.default,
         )
-        for argument in layer.all_members["__init__"].parameters
+        for argument in constructor.parameters
         if argument.name != "self"
     ]
     sections = _sections(layer)
@@ -74,6 +75,6 @@ def _list_arguments(layer: Class, described: dict[str, str]) -> None:
 def _add_constructor(cls: Class) -> None:
     """A named tuple's, whose arguments are its fields."""
     fields = [a for a in cls.attributes.values() if "instance-attribute" in a.labels]
-    either = ParameterKind.positional_or_keyword
-    parameters = [Parameter(f.name, annotation=f.annotation, kind=either) for f in fields]
+    kind = ParameterKind("positional or keyword")
+    parameters = [Parameter(f.name, annotation=f.annotation, kind=kind) for f in fields]
     cls.set_member("__init__", Function("__init__", parameters=Parameters(*parameters)))
