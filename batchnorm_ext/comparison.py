@@ -73,6 +73,14 @@ class Comparison:
     """What `compare` measured. `str()` of it is the table, 80 characters wide.
 
     `subject` names the model, its inputs and where it ran, `memory` what the bytes are.
+
+    Examples:
+        ```python
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        result = batchnorm_ext.compare(model, torch.randn(4, 3, 8, 8), rounds=3)
+        print(result)
+        print(result.candidates[-1].training.median)  # seconds
+        ```
     """
 
     subject: str
