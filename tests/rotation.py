@@ -25,8 +25,8 @@ STEPS = "ten steps of several processes by activation"
 EXPERIMENTS = "the training experiments in a tiny form"
 PARTS = {
     INSTRUCTION_SETS: 3,
-    # The last two are of each of four dtypes the cases in 3 and 9 parts. With a factor in common
-    # with the numbers of plans (10) and devices (7), a part would miss some of them.
+    # ACCESSES and RACES are, of each of four dtypes, the cases in 3 and 9 parts. With a factor in
+    # common with the numbers of plans (10) and devices (7), a part would miss some of them.
     CASES: 3,
     ACCESSES: 12,
     RACES: 36,
