@@ -47,7 +47,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 comma := ,
 
-.PHONY: help build cuda-environment cuda-install test test-slow versions test-emulated emulation emulation-coverage mutants sanitize benchmark \
+.PHONY: help build cuda-environment cuda-install dist test test-slow versions test-emulated emulation emulation-coverage mutants sanitize benchmark \
         benchmark-smoke why-batch-norm lint format typecheck docs nvcc-check gpu-check gpu-check-emulated \
         clean
 
@@ -114,7 +114,7 @@ FOR_DEVELOPERS := $(STAMPS)/test+bench+docs+dev
 # Folders are prerequisites too, so that a file that was added or removed counts.
 # An editable install: the sources are what is imported, from any folder. It compiles what has changed.
 BUILT := build/built-for$(subst /,-,$(VENV))$(BATCHNORM_EXT_CUDA:%=-cuda-%)
-$(BUILT): setup.py setup_cuda.py batchnorm_ext/_version.py $(shell find csrc) \
+$(BUILT): $(wildcard setup*.py) batchnorm_ext/_version.py $(shell find csrc) \
         $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py) | $(STAMPS)/torch
 	@rm -f $(@D)/built-for*
 	@$(call QUIETLY,build) 'compiling' \
@@ -140,6 +140,16 @@ cuda-install: $(STAMPS)/torch  ## install with the CUDA backend into VENV, and i
 	    $(PIP) install --verbose --no-build-isolation --no-deps --force-reinstall .
 	@cd / && $(PY) -m batchnorm_ext
 	@cd / && $(PY) -c 'from batchnorm_ext import _C; assert _C.build_info()["cuda"], _C.build_info()'
+
+# What torch brings stays torch's; the rest decides which C library a wheel needs.
+FROM_TORCH := libtorch.so libtorch_*.so libc10.so libc10_cuda.so libgomp.so.1 libcudart.so.*
+dist: $(STAMPS)/torch $(STAMPS)/dist  ## source distribution and wheel, checked, in dist/
+	@rm -rf dist build/dist
+	@$(call QUIETLY,dist) 'building the distributions' \
+	    $(PY) -m build --no-isolation --outdir build/dist
+	@auditwheel repair $(FROM_TORCH:%=--exclude '%') --wheel-dir dist build/dist/*.whl
+	@cp build/dist/*.tar.gz dist
+	@$(PY) -m twine check --strict dist/*
 
 # ---- run ---------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import torch
 
 from . import _C, __version__, compare_command, plan
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+REBUILD = "pip install --force-reinstall --no-deps ."
 REBUILD_WITH_CUDA = f"BATCHNORM_EXT_CUDA=1 {REBUILD}"
 
 # The processor flags, as the Linux kernel names them, that each instruction set needs.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from batchnorm_ext.comparison import Candidate, Comparison, Difference, Norms
 from batchnorm_ext.convert import _OURS, _described, convert_batchnorm
 from batchnorm_ext.fuse import Left, fuse_batchnorm, fusion_report, unfuse_batchnorm
 from batchnorm_ext.modules import _DropIn, _Layer
+from batchnorm_ext.progress import say
 from batchnorm_ext.table import one_line
 from batchnorm_ext.trial import (
     MEMORY,
@@ -110,7 +110,7 @@ def compare(
         run.check()
         for mode in ("training", "inference"):
             run.measure(mode, rounds, seconds / 2)
-        run.say("")
+        say("")
         return Comparison(
             run.subject(), _survey(base), MEMORY[run.device], tuple(run.candidates.values())
         )
@@ -196,11 +196,6 @@ class _Run:
         self._expected: dict[bool, tuple[Values, Values]] = {}
         self.device = "cuda" if self._devices else "cpu"
 
-    def say(self, text: str) -> None:
-        """A line that the next one replaces."""
-        if sys.stderr.isatty():
-            print(f"\r{text:<60}", end="" if text else "\r", file=sys.stderr, flush=True)
-
     def subject(self) -> str:
         """Who was compared on what, and where."""
         where = f"cpu, threads: {torch.get_num_threads()}"
@@ -211,7 +206,7 @@ class _Run:
     def begin(self, key: _Key) -> None:
         """The candidate's first steps and its memory."""
         self.candidates[key] = Candidate(*key)
-        self.say(f"{self.candidates[key].label}: first steps")
+        say(f"{self.candidates[key].label}: first steps")
         try:
             model = WAYS[key.name](copy.deepcopy(self._base))
             trial = Trial(model, self._arguments, self._loss, self._devices, key.compiled)
@@ -267,7 +262,7 @@ class _Run:
             seconds=seconds,
             clock=self._clock,
             fail=self._fail,
-            say=lambda text: self.say(f"{mode}: {text}"),
+            say=lambda text: say(f"{mode}: {text}"),
         )
         for key, times in found.items():
             self._note(key, **{mode: times})

@@ -23,6 +23,7 @@ from batchnorm_ext.joined import (
     is_sequential,
     original_class,
 )
+from batchnorm_ext.progress import counted
 from batchnorm_ext.sites import (
     Joined,
     Kept,
@@ -131,7 +132,8 @@ def fuse_batchnorm(model: _Model) -> _Model:
     classes whose forward is not torch's and something after it; batch norms with hooks; outputs
     used in several places. Each module is judged by itself, so one that is left alone hinders no
     other. `fusion_report` tells which and why. One INFO line of the logger `batchnorm_ext` says
-    how many places were fused, one WARNING line names the refused.
+    how many places were fused, one WARNING line names the refused. A model with hundreds of modules
+    takes seconds; a line on stderr counts them where that is a terminal.
 
     Args:
         model: any `torch.nn.Module`.
@@ -209,7 +211,7 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, type[nn.Module]], FusionRep
     callers = [m for m in names if m not in norms and any(n in norms for n in m.modules())]
     called_elsewhere: set[nn.Module] = set()
     # Sequentials last: what another module's forward calls of one, it does not call itself.
-    for module in sorted(callers, key=is_sequential):
+    for module in counted(sorted(callers, key=is_sequential), "reading forwards"):
         original = original_class(module)
         if original.forward is nn.Module.forward:  # a list or dictionary of modules
             continue

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm_ext.inductor import tell_inductor
 
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+_REBUILD = "pip install --force-reinstall --no-deps ."
 
 try:
     from batchnorm_ext import _C

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import batchnorm_ext as bx
-from batchnorm_ext import joined
+from batchnorm_ext import joined, progress
 
 
 @pytest.fixture(params=MODELS)
@@ -52,6 +54,24 @@ def test_float32_channels_last() -> None:
     y = fused.to(**settings).eval()(x.to(**settings))
     # u = 6e-8, a dozen roundings per layer, twelve layers deep.
     torch.testing.assert_close(y, model.eval()(x).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_who_waits_is_told_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    model, _ = build("resnet18")
+    for stream, patience, speaks in (
+        (Terminal(), -1.0, True),
+        (Terminal(), 60.0, False),
+        (io.StringIO(), -1.0, False),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(progress, "_PATIENCE", patience)
+        bx.fusion_report(model)
+        assert ("reading forwards: 1 of " in stream.getvalue()) is speaks
+        assert not speaks or stream.getvalue().endswith(f"\r{'':<60}\r")
 
 
 def test_report(name: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import batchnorm_ext
 
@@ -107,7 +109,8 @@ def test_the_source_distribution_has_every_source(sdist: Path) -> None:
     files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     needed = {path.relative_to(ROOT).as_posix() for path in files}
     assert {Path(name).suffix for name in needed} == {".cpp", ".h", ".cu", ".cuh"}
-    build = {"setup.py", "setup_cuda.py", "pyproject.toml", "Makefile", ".ci/quietly"}
+    build = {path.name for path in ROOT.glob("setup*.py")}
+    build |= {"pyproject.toml", "Makefile", ".ci/quietly"}
     assert needed | build <= names
 
 
@@ -117,13 +120,21 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     expected.add("batchnorm_ext/py.typed")
     expected.add(f"batchnorm_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}")
     assert {"batchnorm_ext/_C.pyi", "batchnorm_ext/ops.py"} <= expected
-    info = f"batchnorm_ext-{batchnorm_ext.__version__}.dist-info/"
+    info = f"{wheel.name.partition('-cp')[0]}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == expected
     assert f"{info}licenses/LICENSE" in names
 
 
+def test_the_wheel_says_which_torch_it_is_for(sdist: Path, wheel: Path) -> None:
+    version = batchnorm_ext.__version__
+    assert sdist.name == f"batchnorm_ext-{version}.tar.gz"
+    torch_version = torch.__version__.partition("+")[0]
+    built_for = wheel.name.removeprefix(f"batchnorm_ext-{version}+torch{torch_version}.")
+    assert re.match(r"(cpu|cu\d+)-cp3\d+-cp3\d+-linux_", built_for), wheel.name
+
+
 def test_the_wheel_needs_torch_only(wheel: Path) -> None:
-    info = f"batchnorm_ext-{batchnorm_ext.__version__}.dist-info/METADATA"
+    info = f"{wheel.name.partition('-cp')[0]}.dist-info/METADATA"
     metadata = zipfile.ZipFile(wheel).read(info).decode()
     lines = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert [line for line in lines if "extra ==" not in line] == ["Requires-Dist: torch>=2.11"]

@@ -56,6 +56,38 @@ def test_a_failed_build_shows_all_of_it(tmp_path: Path) -> None:
     assert "[2/3] c++ -Ifolder -c -c /somewhere/csrc/cpu/forward.cpp" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("printed", "helps"),
+    [
+        ("ERROR: Could not install packages: [Errno 28] No space left on device", "df -h . /tmp"),
+        ("Failed to establish a new connection: [Errno -2] Name or service not known", "index"),
+        ("c++: fatal error: Killed signal terminated program cc1plus", "MAX_JOBS=1"),
+    ],
+)
+def test_what_is_missing_is_said_last(tmp_path: Path, printed: str, helps: str) -> None:
+    command = [sys.executable, "-c", f"print({printed!r}); raise SystemExit(3)"]
+    result = subprocess.run(
+        [ROOT / ".ci" / "quietly", tmp_path / "log", "installing", *command],
+        env={**os.environ, "V": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 3
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("make: ") and helps in last
+
+
+def test_a_log_for_which_there_is_no_space() -> None:
+    result = subprocess.run(
+        [ROOT / ".ci" / "quietly", "/dev/full", "compiling", sys.executable, "-c", BUILD * 200],
+        env={**os.environ, "V": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("make: a disk is full") and "Traceback" not in result.stderr
+
+
 def test_everything_is_shown_where_asked_for(tmp_path: Path) -> None:
     result = quietly(tmp_path / "build.log", 0, V="1")
     assert "[1/3] c++ -Ifolder" in result.stdout
@@ -86,7 +118,7 @@ FINDER = "lib/python3.11/site-packages/__editable___batchnorm_ext_1_0_finder.py"
 def built(tmp_path: Path) -> tuple[Path, Path]:
     """A project with all that a build reads and leaves, and the environment it was built for."""
     project, venv = tmp_path / "project", tmp_path / "venv"
-    sources = ["setup.py", "setup_cuda.py", "batchnorm_ext/_version.py", "csrc/core/plan.cpp"]
+    sources = ["setup.py", "setup_extension.py", "batchnorm_ext/_version.py", "csrc/core/plan.cpp"]
     shutil.copytree(ROOT / ".ci", project / ".ci")
     shutil.copy(ROOT / "Makefile", project)
     for path in (

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import setuptools
 import torch
-from setuptools import Distribution
 
 import batchnorm_ext
-import setup
 import setup_cuda
+import setup_extension
 from batchnorm_ext import _C, __main__
 from setup_cuda import Toolkit
 
@@ -45,18 +44,53 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
+# None in sys.modules makes `import torch` fail as it does where there is no torch.
+WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '{}'];"
+RUN_SETUP = "runpy.run_path('setup.py', run_name='__main__')"
+
+
 def test_without_torch_setup_names_the_command() -> None:
-    # None in sys.modules makes `import torch` fail as it does where there is no torch.
-    code = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['setup.py', 'build_ext'];"
-        "runpy.run_path('setup.py', run_name='__main__')"
+    message = refusal(run("-c", WITHOUT_TORCH.format("build_ext") + RUN_SETUP))
+    assert "install torch 2.11 or newer, then: pip install ." in message
+
+
+def test_a_torch_that_is_too_old_is_refused() -> None:
+    code = "import runpy, sys, torch; torch.__version__ = '2.10.1+cpu';"
+    message = refusal(run("-c", f"{code} sys.argv = ['setup.py', '--version']; {RUN_SETUP}"))
+    assert message.endswith("torch 2.10.1+cpu is too old, torch 2.11 or newer is needed")
+
+
+def test_a_missing_compiler_is_named() -> None:
+    message = refusal(run("setup.py", "--version", CXX="no-such-c++"))
+    assert "no compiler no-such-c++; on Debian: apt-get install g++" in message
+
+
+def test_a_source_distribution_needs_no_torch(tmp_path: Path) -> None:
+    code = WITHOUT_TORCH.format("egg_info") + f"sys.argv += ['--egg-base', '{tmp_path}'];"
+    result = run("-c", code + RUN_SETUP)
+    assert result.returncode == 0, result.stderr
+    metadata = (tmp_path / "batchnorm_ext.egg-info" / "PKG-INFO").read_text()
+    assert f"\nVersion: {batchnorm_ext.__version__}\n" in metadata
+
+
+def test_a_build_that_pip_isolates_finds_the_torch_of_the_environment(tmp_path: Path) -> None:
+    """As pip does it: off the path with the environment's packages, on it with what was fetched."""
+    packages = Path(setuptools.__file__).parent.parent
+    for name in ("setuptools", "_distutils_hack"):
+        (tmp_path / name).symlink_to(packages / name)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import site, sys\n"
+        "sys.path = [path for path in sys.path if path not in site.getsitepackages()]\n"
     )
-    assert "pip install --no-build-isolation ." in refusal(run("-c", code))
+    isolated = {"PYTHONPATH": str(tmp_path), "PYTHONNOUSERSITE": "1"}
+    assert "No module named 'torch'" in run("-c", "import torch", **isolated).stderr
+    result = run("setup.py", "--version", **isolated)
+    assert f"+torch{torch.__version__.partition('+')[0]}." in result.stdout, result.stderr
 
 
 def test_an_editable_install_keeps_what_it_compiles() -> None:
     """setuptools gives it a folder that is removed: each build would compile everything."""
-    command = setup.Build(Distribution())
+    command = setup_extension.Build(setuptools.Distribution())
     command.editable_mode, command.build_temp = True, "/tmp/of-pip"
     command.ensure_finalized()
     assert Path(command.build_temp).parent == ROOT / "build"
@@ -177,8 +211,7 @@ def test_which_cuda_runtime_is_linked(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_sources_of_each_build() -> None:
-    names = runpy.run_path(str(ROOT / "setup.py"))["sources"]
-    cpu, both = set(names(cuda=False)), set(names(cuda=True))
+    cpu, both = (set(setup_extension.sources(cuda)) for cuda in (False, True))
     added = both - cpu
     assert cpu < both
     assert "csrc/bindings/ops_cuda.cpp" in added
@@ -193,7 +226,8 @@ def test_the_sources_of_each_build() -> None:
 def test_the_cpu_settings_are_accepted(setting: str) -> None:
     result = run("setup.py", "--version", BATCHNORM_EXT_CUDA=setting)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == batchnorm_ext.__version__
+    version = f"{batchnorm_ext.__version__}+torch{torch.__version__.partition('+')[0]}"
+    assert result.stdout.split()[-1].startswith(f"{version}.c")
 
 
 def test_the_version_stands_in_one_place() -> None:
@@ -201,7 +235,7 @@ def test_the_version_stands_in_one_place() -> None:
     assert _C.build_info()["version"] == version
     assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M)
     stated = re.compile(rf'"{re.escape(version)}"')
-    files = [ROOT / "setup.py", ROOT / "pyproject.toml"]
+    files = [*ROOT.glob("setup*.py"), ROOT / "pyproject.toml"]
     for folder, suffix in (("batchnorm_ext", "*.py"), ("csrc", "*.cpp"), ("csrc", "*.h")):
         files += (ROOT / folder).rglob(suffix)
     places = [path for path in files if stated.search(path.read_text())]
@@ -219,7 +253,7 @@ def test_another_torch_is_refused_at_import() -> None:
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("ImportError: ")]
     built_for = torch.__version__.partition("+")[0]
     assert f"built for torch {built_for}, but torch 2.99.0+cpu is installed" in message
-    assert message.endswith("pip install --no-build-isolation --force-reinstall --no-deps .")
+    assert message.endswith("pip install --force-reinstall --no-deps .")
 
 
 def test_a_library_that_does_not_load_is_named_at_import() -> None:
@@ -282,7 +316,7 @@ def test_each_problem_comes_with_its_command(
 ) -> None:
     report["build"][key] = value
     (problem,) = __main__.problems(report)
-    assert message in problem and "pip install --no-build-isolation" in problem
+    assert message in problem and "pip install --force-reinstall" in problem
     assert f"problem: {problem}" in __main__.render(report)
 
 

@@ -255,9 +255,7 @@ void check_backend(const at::Tensor& input) {
       known, "this build of batchnorm_ext has kernels for ",
       kHasCuda ? "the CPU and CUDA devices" : "the CPU", " only, but input is on ", input.device(),
       ". `python -m batchnorm_ext` tells what a build has",
-      device == at::kCUDA ? ", BATCHNORM_EXT_CUDA=1 pip install --no-build-isolation . builds with "
-                            "CUDA"
-                          : "",
+      device == at::kCUDA ? ", BATCHNORM_EXT_CUDA=1 pip install . builds with CUDA" : "",
       "; batchnorm_ext.revert_batchnorm(model) gives back torch's own modules.");
 }
 
