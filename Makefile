@@ -130,12 +130,13 @@ endif
 
 build: $(BUILT)  ## build the extension in place, and install it (editable)
 
-# Every kernel is compiled for every architecture by nvcc-check; here one is enough, and the rest need
-# not be fast. No GPU is needed.
+# Every kernel is compiled for every architecture by nvcc-check; here one is enough, and nothing need be
+# fast. No GPU is needed.
+NOT_FAST := CXXFLAGS='-O0 -DBATCHNORM_EXT_PORTABLE' NVCC_APPEND_FLAGS=--Ofast-compile=max
 cuda-environment cuda-install: TORCH_SPEC = torch==$(CUDA_TORCH_VERSION)
 cuda-environment: $(STAMPS)/torch  ## a CUDA build of torch in VENV
 cuda-install: $(STAMPS)/torch  ## install with the CUDA backend into VENV, and import it
-	@BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0+PTX} CXXFLAGS=-O0 \
+	@BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0+PTX} $(NOT_FAST) \
 	    $(call QUIETLY,cuda) 'compiling with CUDA' \
 	    $(PIP) install --verbose --no-build-isolation --no-deps --force-reinstall .
 	@cd / && $(PY) -m batchnorm_ext
