@@ -9,6 +9,13 @@ class Plan(TypedDict):
     threads: int
     unit_channels: int
     fold: int
+    group_rows: int
+
+class PoolStatistics(TypedDict):
+    in_use: int
+    kept: int
+    allocations: int
+    reused: int
 
 class CudaPlan(TypedDict):
     mapping: str  # "planes" or "columns"
@@ -49,6 +56,9 @@ def set_cpu_capability(name: str) -> None: ...
 def plan(
     layout: str, dtype: str, n: int, c: int, s: int, threads: int, op: str, masked: bool = False
 ) -> Plan: ...
+def pool_statistics() -> PoolStatistics: ...
+def set_pool_limit(limit: int | None) -> None: ...
+def empty_pool() -> None: ...
 def force_plan(
     *,
     scheme: str | None = None,
@@ -57,6 +67,7 @@ def force_plan(
     threads: int | None = None,
     unit_channels: int | None = None,
     fold: int | None = None,
+    group_rows: int | None = None,
 ) -> None: ...
 def cuda_devices() -> dict[str, CudaDevice]: ...
 def plan_cuda(

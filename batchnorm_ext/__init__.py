@@ -7,9 +7,11 @@
 join its batch norms with the activations and adds that follow, `fusion_report` says which;
 `compare` measures what that brings for a model; `decompositions` takes exported programs to torch's
 own operators. `SyncBatchNorm`, `SyncBatchNormAct`, `convert_sync_batchnorm` and
-`revert_sync_batchnorm` take the statistics of several processes together.
+`revert_sync_batchnorm` take the statistics of several processes together. `memory` is about what
+large outputs on the CPU are kept in.
 """
 
+from batchnorm_ext import memory
 from batchnorm_ext._version import __version__
 from batchnorm_ext.comparing import compare
 from batchnorm_ext.comparison import Comparison
@@ -67,6 +69,7 @@ __all__ = [
     "freeze_batchnorm",
     "fuse_batchnorm",
     "fusion_report",
+    "memory",
     "revert_batchnorm",
     "revert_sync_batchnorm",
     "set_policies",

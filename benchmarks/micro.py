@@ -50,20 +50,25 @@ class Trial:
 
 
 # Units beside a forced scheme: what planes() in plan.cpp chooses for that scheme, in round numbers.
-COLUMNS = {"scheme": "expanded", "unit_channels": 8}
-RUNS = {"scheme": "planes", "unit_channels": 32}
+COLUMNS = {"scheme": "expanded", "unit_channels": 16}
+RUNS = {"scheme": "planes", "unit_channels": 64}
 TRIALS = (
     Trial("kElementsPerThread", "16x64x8x8", {"threads": 1}, threads=2),
     Trial("kElementsPerThread", "8x64x8x8", {"threads": 2}, threads=2),
     Trial("kRowBytes", "128x512x7x7", {"unit_channels": 1}),
     Trial("kRunBytes", "8x256x14x14", {"unit_channels": 1}),
+    Trial("kRunBytes", "64x256x14x14", {"unit_channels": 10}),
     Trial("kGroupBytes", "64x96x28x28", {"unit_channels": 64}, "channels_last"),
-    Trial("kMaxExpandedPlane", "32x256x14x14", RUNS),
-    Trial("kMaxExpandedPlane", "32x1024x14x14", RUNS),
-    Trial("kMaxExpandedPlane", "32x512x7x7", {**RUNS, "unit_channels": 128}),
-    Trial("kMinExpandedRows", "8x256x14x14", COLUMNS),
-    Trial("kMinExpandedRows", "8x512x7x7", {**COLUMNS, "unit_channels": 24}),
-    Trial("kMinExpandedRows", "8x2048x7x7", {**COLUMNS, "unit_channels": 24}),
+    Trial("kSmallPlane", "64x256x6x6", RUNS),
+    Trial("kSmallPlane", "64x256x7x7", RUNS),
+    Trial("kSmallPlane", "64x256x8x8", COLUMNS),
+    Trial("kMinExpandedRows", "16x256x5x5", RUNS),
+    Trial("kMinExpandedRows", "16x256x7x7", COLUMNS),
+    Trial("kTinyPlane", "64x256x3x3", RUNS, mode="eval"),
+    Trial("kTinyPlane", "16x256x5x5", COLUMNS, mode="eval"),
+    Trial("kNearBytes", "8x512x7x7", {"group_rows": 1}, "channels_last"),
+    Trial("kNearBytes", "8x256x56x56", {"group_rows": 8}, "channels_last"),
+    Trial("kFarRowBytes", "32x64x112x112", {"group_rows": 8}, "channels_last"),
     Trial("kLongPlane", "32x1024x14x14", {"stream": True}, mode="eval"),
     Trial("kLongPlane", "64x64x55x55", {"stream": True}, mode="eval"),
     Trial("stream", "32x64x112x112", {"stream": True}, mode="eval"),

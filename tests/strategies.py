@@ -598,6 +598,7 @@ def plans(draw: st.DrawFn) -> tuple[tuple[str, Any], ...]:
         "threads": (1, 2, 3),
         "unit_channels": (1, 2, 8, 64),
         "fold": (1, 2, 5),
+        "group_rows": (1, 8, 64),
     }
     names = draw(st.sets(st.sampled_from(sorted(choices)), max_size=3))
     return tuple((name, draw(st.sampled_from(choices[name]))) for name in sorted(names))

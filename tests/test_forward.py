@@ -100,11 +100,12 @@ PLAN_AXES: dict[str, list[Any]] = {
     "threads": [None, 1, 2, 3],
     "unit_channels": [None, 1, 2, 8, 64],
     "fold": [None, 1, 2, 5],
+    "group_rows": [None, 1, 3, 64],
 }
 
 
 def plan_cases() -> list[Case]:
-    fields = ("scheme", "cooperative", "stream", "threads", "unit_channels", "fold")
+    fields = ("scheme", "cooperative", "stream", "threads", "unit_channels", "fold", "group_rows")
     made = []
     for i, row in enumerate(covering(PLAN_AXES, 2, seed=1)):
         plan = tuple((name, row[name]) for name in fields if row[name] is not None)

@@ -337,6 +337,37 @@ def _check_statistics(x: Tensor) -> None:
     tolerances.assert_within(y, oracle.output, bounds.output, "output")
 
 
+@pytest.mark.parametrize("plan", [{}, {"cooperative": True, "threads": 2, "unit_channels": 8}])
+@pytest.mark.parametrize("capability", available_capabilities())
+@pytest.mark.parametrize("layout", BOTH)
+@pytest.mark.parametrize("shape", [(9, 17, 5, 5), (6, 17, 64, 64), (70, 17)], ids=str)
+@pytest.mark.parametrize(
+    ("mean", "std"), [(50.0, 1.0), (1e4, 1.0), (1e30, 1e28), (3e36, 1e30), (0.0, 1e25)]
+)
+def test_first_values_far_from_the_others(
+    mean: float, std: float, shape: tuple[int, ...], layout: str, capability: str, plan: Any
+) -> None:
+    """A black image first. The channel is reduced once more, and its neighbours keep their bits."""
+    if len(shape) == 2 and layout == "channels_last":
+        return
+    x = torch.randn(shape)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    victim = 11
+    arguments = (None,) * 6 + (0.1, 1e-5, "identity", 0.0, False)
+    with cpu_capability(capability), forced_plan(**plan):
+        clean = torch.ops.batchnorm_ext.forward_train(x, *arguments)
+        x[:, victim] = x[:, victim] * std + mean
+        x[0, victim] = 0.0
+        dirty = torch.ops.batchnorm_ext.forward_train(x, *arguments)
+        _check_statistics(x)
+    others = [c for c in range(shape[1]) if c != victim]
+    for wanted, got in zip(clean[:3], dirty[:3], strict=True):
+        dim = min(got.dim() - 1, 1)
+        keep = torch.tensor(others)
+        assert torch.equal(got.index_select(dim, keep), wanted.index_select(dim, keep))
+
+
 # ---- activations: z is x, exactly ----
 
 

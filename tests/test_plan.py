@@ -79,7 +79,7 @@ def violations(call: Call, plan: _C.Plan) -> list[str]:
             or plan["unit_channels"] % 8 == 0
         ),
         "eval goes in the order of memory": call.op != "eval"
-        or (plan["cooperative"] and units == 1 and plan["scheme"] != "expanded"),
+        or (plan["cooperative"] and (units == 1 or plan["scheme"] == "expanded")),
         "half of the threads have a unit, or all a share in each": (
             plan["cooperative"] or 2 * units >= plan["threads"]
         ),

@@ -18,6 +18,7 @@
 #include "bindings/build.h"
 #include "bindings/cuda_plans.h"
 #include "bindings/planning.h"
+#include "bindings/pool.h"
 #include "cpu/batchnorm.h"
 #include "cpu/kernels.h"
 
@@ -77,12 +78,14 @@ py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t 
   result["threads"] = plan.threads;
   result["unit_channels"] = plan.unit_channels;
   result["fold"] = plan.fold;
+  result["group_rows"] = plan.group_rows;
   return result;
 }
 
 void force_plan(const std::optional<std::string>& scheme, std::optional<bool> cooperative,
                 std::optional<bool> stream, std::optional<int> threads,
-                std::optional<std::int64_t> unit_channels, std::optional<std::int64_t> fold) {
+                std::optional<std::int64_t> unit_channels, std::optional<std::int64_t> fold,
+                std::optional<int> group_rows) {
   PlanOverride forced;
   if (scheme) forced.scheme = index_of(*scheme, kSchemeNames, "scheme");
   if (cooperative) forced.cooperative = *cooperative;
@@ -90,7 +93,23 @@ void force_plan(const std::optional<std::string>& scheme, std::optional<bool> co
   if (threads) forced.threads = *threads;
   if (unit_channels) forced.unit_channels = *unit_channels;
   if (fold) forced.fold = *fold;
+  if (group_rows) forced.group_rows = *group_rows;
   plan_override() = forced;
+}
+
+py::dict pool_statistics() {
+  const cpu::PoolStatistics found = output_pool().statistics();
+  py::dict result;
+  result["in_use"] = found.in_use;
+  result["kept"] = found.kept;
+  result["allocations"] = found.allocations;
+  result["reused"] = found.reused;
+  return result;
+}
+
+void set_pool_limit(std::optional<std::int64_t> limit) {
+  if (limit && *limit < 0) throw py::value_error("limit should be at least 0, or None");
+  output_pool().set_limit(limit.value_or(cpu::Pool::kNoLimit));
 }
 
 }  // namespace
@@ -110,7 +129,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("force_plan", &force_plan, py::kw_only(), py::arg("scheme") = py::none(),
         py::arg("cooperative") = py::none(), py::arg("stream") = py::none(),
         py::arg("threads") = py::none(), py::arg("unit_channels") = py::none(),
-        py::arg("fold") = py::none(),
+        py::arg("fold") = py::none(), py::arg("group_rows") = py::none(),
         "Prescribe fields of all plans from now on; without arguments, none.");
+  m.def("pool_statistics", &pool_statistics, "Of the memory that large CPU outputs come from.");
+  m.def("set_pool_limit", &set_pool_limit, py::arg("limit"),
+        "Bytes to keep of what was freed; None: what was in use at once.");
+  m.def("empty_pool", [] { output_pool().empty(); }, "Give back what is kept.");
   define_cuda_plans(m);
 }

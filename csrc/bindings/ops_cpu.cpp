@@ -2,14 +2,20 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
-#include <sys/mman.h>
+#include <dlfcn.h>
+#include <pthread.h>
 #endif
+
+#include <cstdlib>
 
 #include "bindings/operators.h"
 #include "bindings/planning.h"
+#include "bindings/pool.h"
 #include "cpu/batchnorm.h"
 
 namespace batchnorm {
@@ -22,21 +28,50 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& b
   });
 }
 
-// A fresh block above the C library's mmap threshold costs a page fault per 4 KiB, which takes
-// several times as long as filling it (docs/measured-facts.md). Huge pages make that one per 2 MiB;
-// the kernel may ignore the hint.
-void ask_for_huge_pages(const at::Tensor& tensor) {
+// Smaller ones stay in the C library's own memory.
+constexpr std::size_t kFromPool = 1 << 20;
+
+// What resize_, share_memory_ and their like do to an output's memory goes through here, too.
+struct PoolAllocator final : c10::Allocator {
+  c10::DataPtr allocate(std::size_t bytes) override {
+    const bool pooled = bytes >= kFromPool && output_pool().limit() > 0;
+    void* const memory = pooled ? output_pool().allocate(bytes) : nullptr;
+    if (!memory) return from_torch(bytes);
+    c10::profiledCPUMemoryReporter().New(memory, bytes);
+    return {memory, memory, &release, c10::DeviceType::CPU};
+  }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+ private:
+  // With torch's error where there is no memory.
+  static c10::DataPtr from_torch(std::size_t bytes) {
+    c10::DataPtr block = c10::GetCPUAllocator()->allocate(bytes);
+    cpu::ask_for_huge_pages(block.get(), bytes);
+    return block;
+  }
+  static void release(void* memory) {
+    c10::profiledCPUMemoryReporter().Delete(memory);
+    output_pool().release(memory);
+  }
+};
+
+// Whoever chose an allocator for the process has it for outputs, too.
+bool has_allocator_of_its_own() {
+  if (c10::GetCPUAllocator() != c10::GetDefaultCPUAllocator()) return true;
 #if defined(__linux__)
-  constexpr std::uintptr_t kPage = 4096;
-  constexpr std::size_t kWorthwhile = 4 << 20;
-  if (tensor.nbytes() < kWorthwhile) return;
-  const auto begin = reinterpret_cast<std::uintptr_t>(tensor.data_ptr());
-  const std::uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const std::uintptr_t last = (begin + tensor.nbytes()) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)tensor;
+  for (const char* const name : {"mallctl", "tc_version", "mi_version"}) {
+    if (dlsym(RTLD_DEFAULT, name)) return true;
+  }
 #endif
+  return false;
+}
+
+std::int64_t first_limit() {
+  const char* const setting = std::getenv("BATCHNORM_EXT_CPU_CACHE");
+  if (setting && *setting) return std::atoll(setting);
+  return has_allocator_of_its_own() ? 0 : cpu::Pool::kNoLimit;
 }
 
 // Allocation without the dispatcher, which takes longer than the kernels do on a small tensor.
@@ -47,10 +82,10 @@ struct CpuBackend {
     return at::Tensor(at::detail::empty_cpu(sizes, dtype));
   }
   at::Tensor empty_output(const at::Tensor& like) const {
-    at::Tensor output(
-        at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()));
-    ask_for_huge_pages(output);
-    return output;
+    static PoolAllocator allocator;
+    return at::Tensor(at::detail::empty_strided_generic(like.sizes(), like.strides(), &allocator,
+                                                        c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                        like.scalar_type()));
   }
   void run(const ForwardTrain& call) const {
     cpu::forward_train(call, plan_here(call.problem, Pass::kForward, call.mask), parallel_for);
@@ -70,6 +105,19 @@ struct CpuBackend {
 };
 
 }  // namespace
+
+// Never destroyed: outputs may outlive what a process destroys at its end.
+cpu::Pool& output_pool() {
+  static cpu::Pool* const pool = [] {
+    auto* const made = new cpu::Pool(first_limit());
+#if defined(__linux__)
+    pthread_atfork([] { output_pool().before_fork(); }, [] { output_pool().after_fork(false); },
+                   [] { output_pool().after_fork(true); });
+#endif
+    return made;
+  }();
+  return *pool;
+}
 
 PlanOverride& plan_override() {
   static PlanOverride forced;

@@ -28,6 +28,7 @@ struct CpuPlan {
   int threads;
   std::int64_t unit_channels;
   std::int64_t fold;
+  int group_rows;  // of a matrix, that a reduction walks together
 };
 
 // What a test or a measurement may prescribe; -1 leaves a field to the planner.
@@ -38,6 +39,7 @@ struct PlanOverride {
   int threads = -1;
   std::int64_t unit_channels = -1;
   std::int64_t fold = -1;
+  int group_rows = -1;
 };
 
 // masked: the call reads or writes the 1-bit mask, whose rows fix the scheme's (see core/types.h).

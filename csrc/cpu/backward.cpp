@@ -1,5 +1,5 @@
 // The backward pass: two sums per channel, then the gradients.
-#include "cpu/units.h"
+#include "cpu/reduce.h"
 
 namespace batchnorm {
 namespace cpu {
@@ -29,34 +29,28 @@ class BackwardOperation {
     }
   }
 
-  void reduce(const Channels& unit, const Part& part) {
-    if (!reduces()) return;
+  void reduce(const Channels& unit, const Part& part, Sight) {
     const Geometry geometry(a_.problem, plan_);
-    for (std::int64_t c = unit.begin; c < unit.end; ++c) {
-      partials_.at(part.index, c) = GradientSums{};
-    }
+    partials_.clear(part.index, unit);
     if (geometry.planes()) return reduce_runs(geometry, unit, part);
-    const Matrix matrix = geometry.matrix(unit), rest = geometry.rest(unit);
-    reduce_rows(geometry, unit, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
-    if (part.is_last()) reduce_rows(geometry, unit, rest, 0, rest.rows, part);
+    reduce_rows(geometry, unit, part);
   }
+
+  void settle(const Channels&, Sight) const {}
+  Sight next_sight(const Channels&) const { return Sight::kSettled; }
 
   void finish(const Channels& channels) {
     if (a_.totals) return use_totals(channels);
     if (!reduces()) return;
     const double n = static_cast<double>(a_.problem.per_channel());
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-      GradientSums sums;
-      for (std::int64_t part = 0; part < partials_.parts(); ++part) {
-        sums.dz += partials_.at(part, c).dz;
-        sums.dz_centered += partials_.at(part, c).dz_centered;
-      }
+      const Sums sums = partials_.total(c);  // of dz, of dz * (x - center)
       const double invstd = a_.invstd[c];
       const double lost = a_.mean[c] - static_cast<double>(affine_.center[c]);
-      const double dz_deviation = sums.dz_centered - lost * sums.dz;  // sum(dz * (x - mean))
-      store_value(a_.dbias, c, sums.dz);
+      const double dz_deviation = sums.second - lost * sums.first;  // sum(dz * (x - mean))
+      store_value(a_.dbias, c, sums.first);
       store_value(a_.dweight, c, invstd * dz_deviation);
-      set_input_terms(c, sums.dz, invstd * dz_deviation, n);
+      set_input_terms(c, sums.first, invstd * dz_deviation, n);
     }
   }
 
@@ -125,50 +119,35 @@ class BackwardOperation {
   void reduce_runs(const Geometry& geometry, const Channels& unit, const Part& part) {
     const auto params = affine_.params(a_.activation_param);
     const auto kernel = kernels<T>().run_sums[static_cast<int>(a_.activation)];
-    geometry.for_each_run(unit, part, a_.mask != nullptr, /*backwards=*/false, [&](const Run& run) {
-      for_each_piece(run, [&](const Run& piece) {
-        kernel(span(piece), at_channel(params, piece.channel),
-               &partials_.at(part.index, piece.channel));
-      });
-    });
+    sum_runs<T>(geometry, unit, part, a_.mask != nullptr, &partials_,
+                [&](const Run& piece, A* kept) {
+                  kernel(span(piece), at_channel(params, piece.channel), kept);
+                });
   }
 
-  void reduce_rows(const Geometry& geometry, const Channels& unit, const Matrix& matrix,
-                   std::int64_t begin, std::int64_t end, const Part& part) {
-    if (begin >= end) return;
-    double* const sum = scratch<double>(kFirstSum, matrix.cols);
-    double* const dot = scratch<double>(kSecondSum, matrix.cols);
-    std::fill_n(sum, matrix.cols, 0.0);
-    std::fill_n(dot, matrix.cols, 0.0);
+  void reduce_rows(const Geometry& geometry, const Channels& unit, const Part& part) {
     const ForwardParams<A> params =
-        affine_.params(a_.activation_param, geometry, unit, matrix.cols);
+        affine_.params(a_.activation_param, geometry, unit, geometry.matrix(unit).cols);
     const auto kernel = kernels<T>().column_sums[static_cast<int>(a_.activation)];
-    A* const sums = scratch<A>(kChunkSums, column_scratch(matrix.cols));
     BackwardRows<T> rows;
     rows.has_residual = a_.residual != nullptr;
     rows.has_mask = a_.mask != nullptr;
-    for_each_chunk(matrix, begin, end, [&](const Chunk& chunk) {
-      for (int i = 0; i < chunk.count; ++i) {
-        rows.x[i] = at(a_.x, chunk.offset[i]);
-        rows.dy[i] = at(a_.dy, chunk.offset[i]);
-        rows.residual[i] = at(a_.residual, chunk.offset[i]);
-        if (a_.mask) rows.mask[i] = a_.mask + chunk.mask[i];
-      }
-      kernel(rows, chunk.count, matrix.cols, sums, params, sum, dot);
-    });
-    for (std::int64_t c = 0; c < unit.count(); ++c) {
-      const auto columns = geometry.columns_of(c, unit, matrix.cols);
-      GradientSums& total = partials_.at(part.index, unit.begin + c);
-      for (std::int64_t j = 0; j < columns.count; ++j) {
-        total.dz += sum[columns.first + j * columns.step];
-        total.dz_centered += dot[columns.first + j * columns.step];
-      }
-    }
+    sum_all_rows<T>(
+        geometry, unit, part, &partials_,
+        [&](const Chunk& chunk, std::int64_t cols, A* kept, double* first, double* second) {
+          for (int i = 0; i < chunk.count; ++i) {
+            rows.x[i] = at(a_.x, chunk.offset[i]);
+            rows.dy[i] = at(a_.dy, chunk.offset[i]);
+            rows.residual[i] = at(a_.residual, chunk.offset[i]);
+            if (a_.mask) rows.mask[i] = a_.mask + chunk.mask[i];
+          }
+          kernel(rows, chunk.count, cols, geometry.group_rows(), params, kept, first, second);
+        });
   }
 
   const Backward& a_;
   const CpuPlan& plan_;
-  Partials<GradientSums> partials_;
+  Partials<Sums> partials_;
   AffineTable<T> affine_;
   AlignedArray<A> input_terms_;
   A *slope_, *offset_;

@@ -1,7 +1,8 @@
 // Training and inference forward passes.
 #include <cmath>
+#include <type_traits>
 
-#include "cpu/units.h"
+#include "cpu/reduce.h"
 
 namespace batchnorm {
 namespace cpu {
@@ -63,29 +64,75 @@ void write_forward(const Arguments& a, std::uint8_t* mask, const CpuPlan& plan,
 template <typename T>
 class TrainOperation {
  public:
+  using A = Accumulate<T>;
+
   TrainOperation(const ForwardTrain& a, const CpuPlan& plan)
-      : a_(a), plan_(plan), partials_(plan, a.problem.c), affine_(a.problem.c) {
+      : a_(a),
+        plan_(plan),
+        partials_(plan, a.problem.c),
+        affine_(a.problem.c),
+        shift_(a.problem.c),
+        sights_(static_cast<std::size_t>(a.problem.c)),
+        moments_(static_cast<std::size_t>(a.problem.c)) {
     momentum_ = count_batch(a.running);
   }
 
   bool reduces() const { return true; }
-  void prepare(const Channels&) {}
 
-  void reduce(const Channels& unit, const Part& part) {
+  void prepare(const Channels& channels) {
+    std::fill_n(shift_.data() + channels.begin, channels.count(), A(0));
+    if (a_.problem.per_channel() == 0) return;
     const Geometry geometry(a_.problem, plan_);
-    for (std::int64_t c = unit.begin; c < unit.end; ++c) partials_.at(part.index, c) = Moments{};
-    if (geometry.planes()) return reduce_runs(geometry, unit, part);
-    const Matrix matrix = geometry.matrix(unit), rest = geometry.rest(unit);
-    reduce_rows(geometry, unit, matrix, part.begin(matrix.rows), part.end(matrix.rows), part);
-    if (part.is_last()) reduce_rows(geometry, unit, rest, 0, rest.rows, part);
+    const T* const x = static_cast<const T*>(a_.x);
+    if (geometry.planes()) {
+      kernels<T>().run_heads(x + channels.begin * a_.problem.s, a_.problem.s, channels.count(),
+                             shift_.data() + channels.begin);
+    } else {
+      prepare_columns(geometry, channels);
+    }
+  }
+
+  void reduce(const Channels& unit, const Part& part, Sight sight) {
+    const Geometry geometry(a_.problem, plan_);
+    partials_.clear(part.index, unit);
+    const T* const x = static_cast<const T*>(a_.x);
+    const A scale = static_cast<A>(scale_of(sight));
+    if (geometry.planes()) {
+      const auto kernel = kernels<T>().run_moments;
+      sum_runs<T>(geometry, unit, part, /*masked=*/false, &partials_,
+                  [&](const Run& piece, A* kept) {
+                    kernel(x + piece.offset, piece.length, piece.count,
+                           {shift_.data() + piece.channel, scale}, kept);
+                  });
+      return;
+    }
+    const auto kernel = kernels<T>().column_moments;
+    const std::int64_t columns = geometry.matrix(unit).cols;
+    const A* const shift = per_column<A>(shift_.data(), geometry, unit, columns, kShift);
+    sum_all_rows<T>(
+        geometry, unit, part, &partials_,
+        [&](const Chunk& chunk, std::int64_t cols, A* kept, double* first, double* second) {
+          const T* rows[kChunkRows];
+          for (int i = 0; i < chunk.count; ++i) rows[i] = x + chunk.offset[i];
+          kernel(rows, chunk.count, cols, geometry.group_rows(), {shift, scale}, kept, first,
+                 second);
+        });
+  }
+
+  void settle(const Channels& channels, Sight sight) {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      Sight& needs = sights_[static_cast<std::size_t>(c)];
+      if (needs == sight) needs = settle_channel(c, sight);
+    }
+  }
+
+  Sight next_sight(const Channels& unit) const {
+    return *std::min_element(sights_.data() + unit.begin, sights_.data() + unit.end);
   }
 
   void finish(const Channels& channels) {
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-      Moments m;
-      for (std::int64_t part = 0; part < partials_.parts(); ++part) {
-        m = combine(m, partials_.at(part, c));
-      }
+      const Moments& m = moments_[static_cast<std::size_t>(c)];
       const double invstd = 1 / std::sqrt(m.variance() + a_.eps);
       a_.mean[c] = m.mean;
       if (a_.invstd) a_.invstd[c] = invstd;
@@ -100,46 +147,60 @@ class TrainOperation {
   }
 
  private:
-  void reduce_runs(const Geometry& geometry, const Channels& unit, const Part& part) {
-    const T* const x = static_cast<const T*>(a_.x);
-    const auto kernel = kernels<T>().run_moments;
-    geometry.for_each_run(unit, part, /*masked=*/false, /*backwards=*/false, [&](const Run& run) {
-      for_each_piece(run, [&](const Run& piece) {
-        kernel(x + piece.offset, piece.length, piece.count,
-               &partials_.at(part.index, piece.channel));
-      });
-    });
+  // So that squares of any float32 differences can be summed up; a power of two rounds nothing.
+  static double scale_of(Sight sight) {
+    return sight == Sight::kReduced || sight == Sight::kReducedFromMean ? 0x1p-80 : 1;
   }
 
-  void reduce_rows(const Geometry& geometry, const Channels& unit, const Matrix& matrix,
-                   std::int64_t begin, std::int64_t end, const Part& part) {
-    if (begin >= end) return;
-    double* const mean = scratch<double>(kFirstSum, matrix.cols);
-    double* const m2 = scratch<double>(kSecondSum, matrix.cols);
-    std::fill_n(mean, matrix.cols, 0.0);
-    std::fill_n(m2, matrix.cols, 0.0);
-    const T* const x = static_cast<const T*>(a_.x);
-    const auto kernel = kernels<T>().column_moments;
-    auto* const sums = scratch<Accumulate<T>>(kChunkSums, column_scratch(matrix.cols));
-    double rows = 0;
-    for_each_chunk(matrix, begin, end, [&](const Chunk& chunk) {
-      const T* pointers[kChunkRows];
-      for (int i = 0; i < chunk.count; ++i) pointers[i] = x + chunk.offset[i];
-      kernel(pointers, chunk.count, matrix.cols, sums, rows, mean, m2);
-      rows += chunk.count;
-    });
-    for (std::int64_t c = 0; c < unit.count(); ++c) {
-      const auto columns = geometry.columns_of(c, unit, matrix.cols);
-      Moments& total = partials_.at(part.index, unit.begin + c);
-      total = combine(total, combine_equal(mean + columns.first, m2 + columns.first, columns.count,
-                                           columns.step, rows));
+  // Of a channel's first values, where it has some in several columns of some.
+  void prepare_columns(const Geometry& geometry, const Channels& channels) {
+    constexpr std::int64_t kHeadColumns = 8;
+    const Matrix m = geometry.matrix(channels);
+    const int count = static_cast<int>(std::min<std::int64_t>(m.rows, kHeadRows));
+    const T* rows[kHeadRows];
+    for (int i = 0; i < count; ++i) rows[i] = static_cast<const T*>(a_.x) + m.offset + i * m.stride;
+    A* const heads = scratch<A>(kShift, m.cols);
+    kernels<T>().column_heads(rows, count, m.cols, heads);
+    for (std::int64_t c = 0; c < channels.count(); ++c) {
+      const auto columns = geometry.columns_of(c, channels, m.cols);
+      const std::int64_t some = std::min(columns.count, kHeadColumns);
+      const A* const first = heads + columns.first;
+      A differences = 0;
+      for (std::int64_t j = 1; j < some; ++j) differences += first[j * columns.step] - *first;
+      shift_.data()[channels.begin + c] = *first + differences / static_cast<A>(some);
     }
+  }
+
+  // The channel's moments, or what its sums have to be taken with once more: sum(d^2) may be 8
+  // times what is left of it (docs/decisions/0002).
+  Sight settle_channel(std::int64_t c, Sight sight) {
+    constexpr double kMostLost = 7.0 / 8;
+    const Sums sums = partials_.total(c);
+    const double n = static_cast<double>(a_.problem.per_channel());
+    const double scale = scale_of(sight), offset = sums.first / n;
+    A& shift = shift_.data()[c];
+    if (std::is_same_v<A, float> && scale == 1 && !std::isfinite(sums.second)) {
+      shift = 0;
+      return Sight::kReduced;
+    }
+    const bool at_head = sight == Sight::kHead || sight == Sight::kReduced;
+    if (at_head && sums.first * offset > kMostLost * sums.second) {
+      shift += static_cast<A>(offset / scale);
+      return sight == Sight::kHead ? Sight::kMean : Sight::kReducedFromMean;
+    }
+    const double squares = sums.second - sums.first * offset;
+    moments_[static_cast<std::size_t>(c)] = {static_cast<double>(shift) + offset / scale,
+                                             squares < 0 ? 0 : squares / (scale * scale), n};
+    return Sight::kSettled;
   }
 
   const ForwardTrain& a_;
   const CpuPlan& plan_;
-  Partials<Moments> partials_;
+  Partials<Sums> partials_;
   AffineTable<T> affine_;
+  AlignedArray<A> shift_;  // K of each channel
+  std::vector<Sight> sights_;
+  std::vector<Moments> moments_;
   double momentum_;
 };
 
@@ -151,7 +212,9 @@ class EvalOperation {
 
   bool reduces() const { return false; }
   void prepare(const Channels&) {}
-  void reduce(const Channels&, const Part&) {}
+  void reduce(const Channels&, const Part&, Sight) {}
+  void settle(const Channels&, Sight) const {}
+  Sight next_sight(const Channels&) const { return Sight::kSettled; }
   void finish(const Channels& channels) {
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
       affine_.set(c, load_value(a_.running_mean, c, 0), inverse_std(a_.running_var, c, a_.eps),

@@ -6,16 +6,22 @@
 #include <cstdint>
 
 #include "core/activation.h"
-#include "core/moments.h"
 #include "core/types.h"
 
 namespace batchnorm {
 namespace cpu {
 
-// What one call of a reduction may take: rows of a matrix, or elements of a run. Each float32
-// partial sum then has at most this many (kRunLength / 64) terms.
+// What one call of a reduction may take: rows of a matrix, or elements of a run. No float32 sum
+// then is the result of more than 64 additions one after the other: of rows, or of kRunLength / 64
+// vectors, 3 to join four of them, and kRunsKept runs.
 constexpr int kChunkRows = 64;
-constexpr int kRunLength = 4096;
+constexpr int kRunLength = 2048;
+constexpr int kRunsKept = 28;
+// Rows, or elements of a run, whose mean the others are summed up as differences from.
+constexpr int kHeadRows = 8;
+constexpr int kHeadLength = 64;
+// The sums of a run, before they are added up across lanes: two vectors of 64 bytes.
+constexpr int kKeptBytes = 128;
 
 // z = (x - center) * scale + shift [+ residual]. center is the mean rounded to the accumulate
 // type and shift carries what the rounding lost, so x - center loses nothing.
@@ -76,9 +82,23 @@ struct BackwardRows {
   bool has_mask;
 };
 
-struct GradientSums {
-  double dz = 0;           // sum(dz)
-  double dz_centered = 0;  // sum(dz * (x - center))
+// Forward: of d = scale * (x - K), sum(d) and sum(d^2). Backward: sum(dz) and sum(dz * (x -
+// center)).
+struct Sums {
+  double first = 0;
+  double second = 0;
+
+  void operator+=(const Sums& other) {
+    first += other.first;
+    second += other.second;
+  }
+};
+
+// K of each column, or of each run; scale is 1 but where squares overflow.
+template <typename A>
+struct Shift {
+  const A* values;
+  A scale;
 };
 
 template <typename T>
@@ -86,23 +106,27 @@ struct Kernels {
   using A = Accumulate<T>;
   enum Params { kShared = 0, kPerColumn = 1 };
 
-  // Adds rows[0..count) to the moments of each column; before = rows that mean and m2 hold.
-  // kept: room for column_scratch(cols) values.
-  void (*column_moments)(const T* const* rows, int count, std::int64_t cols, A* kept, double before,
-                         double* mean, double* m2);
-  // Adds the moments of runs that follow each other, of length <= kRunLength, to one total each.
-  void (*run_moments)(const T* x, std::int64_t length, std::int64_t runs, Moments* totals);
+  // The mean of each column's, or of each run's, first values.
+  void (*column_heads)(const T* const* rows, int count, std::int64_t cols, A* heads);
+  void (*run_heads)(const T* x, std::int64_t length, std::int64_t runs, A* heads);
+  // Adds rows[0..count) to the sums of each column. They are walked in groups of `group` rows,
+  // between which the sums are kept in `kept`: room for column_scratch(cols) values.
+  void (*column_moments)(const T* const* rows, int count, std::int64_t cols, int group,
+                         const Shift<A>&, A* kept, double* first, double* second);
+  void (*column_sums[kActivations])(const BackwardRows<T>&, int count, std::int64_t cols, int group,
+                                    const ForwardParams<A>&, A* kept, double* first,
+                                    double* second);
+  // Adds runs that follow each other, of length <= kRunLength, to the kept sums of each (dx and
+  // dresidual are not written). kept: kKeptBytes for each run, aligned to a cache line.
+  void (*run_moments)(const T* x, std::int64_t length, std::int64_t runs, const Shift<A>&, A* kept);
+  void (*run_sums[kActivations])(const BackwardSpan<T>&, const ForwardParams<A>&, A* kept);
+  // Adds what is kept to totals, and clears it.
+  void (*add_kept)(A* kept, std::int64_t runs, Sums* totals);
   void (*forward[kActivations][2])(const ForwardSpan<T>&, const ForwardParams<A>&);
-  // Adds sum(dz) and sum(dz * (x - center)): of each column, or of each run of length <= kRunLength
-  // to its total (dx and dresidual are not written).
-  void (*column_sums[kActivations])(const BackwardRows<T>&, int count, std::int64_t cols, A* kept,
-                                    const ForwardParams<A>&, double* sum, double* dot);
-  void (*run_sums[kActivations])(const BackwardSpan<T>&, const ForwardParams<A>&,
-                                 GradientSums* totals);
   void (*backward[kActivations][2])(const BackwardSpan<T>&, const BackwardParams<A>&);
 };
 
-inline std::int64_t column_scratch(std::int64_t cols) { return 3 * (cols + 16); }
+inline std::int64_t column_scratch(std::int64_t cols) { return 2 * (cols + 16); }
 
 enum class Capability : std::uint8_t { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 

@@ -120,6 +120,13 @@ BN_INLINE Pointer advance(Pointer pointer, std::int64_t by) {
 // Bytes of the mask that a run has of its own.
 BN_INLINE std::int64_t mask_bytes(std::int64_t length) { return (length + 7) / 8; }
 
+// Whether a run may end with a vector that reaches back over what is done already, the same once
+// more: cheaper than a part of one. The mask's bits have to begin a byte.
+template <typename A, typename Span>
+BN_INLINE bool can_overlap(const Span& s) {
+  return !s.mask && s.length >= kLanes<A>;
+}
+
 // s and p are copies, so that the compiler knows that no store changes them.
 template <typename T, typename Act, bool kPerColumn>
 BN_INLINE void forward_run(const ForwardSpan<T> s, const ForwardParams<Accumulate<T>> p,
@@ -134,11 +141,15 @@ BN_INLINE void forward_run(const ForwardSpan<T> s, const ForwardParams<Accumulat
     __builtin_prefetch(s.x + at + s.ahead);
     forward_vector<T, Act, false>(s, affine, p.activation_param, at, kLanes<A>, stream);
   }
-  if (at < s.length) {
-    const int lanes = static_cast<int>(s.length - at);
-    const Affine<A> affine = affine_at<kPerColumn>(p, at & step, lanes, true);
-    forward_vector<T, Act, true>(s, affine, p.activation_param, at, lanes, false);
+  if (at == s.length) return;
+  if (!kPerColumn && can_overlap<A>(s)) {
+    forward_vector<T, Act, false>(s, shared, p.activation_param, s.length - kLanes<A>, kLanes<A>,
+                                  false);
+    return;
   }
+  const int lanes = static_cast<int>(s.length - at);
+  const Affine<A> affine = affine_at<kPerColumn>(p, at & step, lanes, true);
+  forward_vector<T, Act, true>(s, affine, p.activation_param, at, lanes, false);
 }
 
 template <typename T, typename Act>
@@ -238,14 +249,18 @@ BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumu
                                             kLanes<A>, stream);
     }
   }
-  if (at < s.length) {
-    const int lanes = static_cast<int>(s.length - at);
-    const std::int64_t column = at & step;
-    backward_vector<T, Act, kPerColumn, true>(
-        s, p, affine_at<kPerColumn>(p.forward, column, lanes, true),
-        p.slope ? parameter<kPerColumn>(p.slope, column, lanes, true) : zero,
-        p.slope ? parameter<kPerColumn>(p.offset, column, lanes, true) : zero, at, lanes, false);
+  if (at == s.length) return;
+  if (!kPerColumn && can_overlap<A>(s)) {
+    backward_vector<T, Act, false, false>(s, p, shared, shared_slope, shared_offset,
+                                          s.length - kLanes<A>, kLanes<A>, false);
+    return;
   }
+  const int lanes = static_cast<int>(s.length - at);
+  const std::int64_t column = at & step;
+  backward_vector<T, Act, kPerColumn, true>(
+      s, p, affine_at<kPerColumn>(p.forward, column, lanes, true),
+      p.slope ? parameter<kPerColumn>(p.slope, column, lanes, true) : zero,
+      p.slope ? parameter<kPerColumn>(p.offset, column, lanes, true) : zero, at, lanes, false);
 }
 
 template <typename T, typename Act>

@@ -28,8 +28,11 @@ constexpr void fill(Kernels<T>& k, Activation activation) {
 template <typename T>
 constexpr Kernels<T> make_table() {
   Kernels<T> k{};
+  k.column_heads = column_heads<T>;
+  k.run_heads = run_heads<T>;
   k.column_moments = column_moments<T>;
   k.run_moments = run_moments<T>;
+  k.add_kept = add_kept<Accumulate<T>>;
   fill<T, Identity>(k, Activation::kIdentity);
   fill<T, Relu>(k, Activation::kRelu);
   fill<T, Relu6>(k, Activation::kRelu6);
@@ -62,3 +65,4 @@ template const Kernels<Half>& table<Half>();
 #undef BN_OUTLINE
 #undef BN_KEEP_LOOP
 #undef BN_MEMBER
+#undef BN_LAMBDA

@@ -1,19 +1,15 @@
 // What backward reduces: sum(dz) and sum(dz * (x - center)), of columns and of runs. Included like
 // vec.h, after moments.h (how rows are walked) and elementwise.h (how dz is computed).
 
-template <typename A>
-struct PartialSums {
-  Vec<A> sum, dot;
-};
-
+// counted: how many of a whole vector's lanes, the last ones, are not in the sums yet.
 template <typename T, typename Act, bool kPartial>
 BN_INLINE void add_gradient(const T* x, const T* dy, const T* residual, const std::uint8_t* mask,
                             std::int64_t at, int lanes, const Affine<Accumulate<T>>& affine,
-                            Accumulate<T> param, PartialSums<Accumulate<T>>* sums) {
+                            Accumulate<T> param, PartialSums<Accumulate<T>>* sums,
+                            int counted = kLanes<Accumulate<T>>) {
   using A = Accumulate<T>;
-  const Vec<A> x_here = kPartial ? load(x + at, lanes) : load(x + at);
-  const Vec<A> dy_here = kPartial ? load(dy + at, lanes) : load(dy + at);
-  Vec<A> centered = x_here - affine.center;
+  const Vec<A> dy_here = load_some<kPartial>(dy + at, lanes);
+  Vec<A> centered = load_some<kPartial>(x + at, lanes) - affine.center;
   Vec<A> dz =
       activation_gradient<T, Act>(dy_here, centered, affine, residual ? residual + at : nullptr,
                                   mask, at, param, lanes, kPartial);
@@ -21,128 +17,69 @@ BN_INLINE void add_gradient(const T* x, const T* dy, const T* residual, const st
     dz = select(first_lanes<A>(lanes), dz, set1(A(0)));
     centered = select(first_lanes<A>(lanes), centered, set1(A(0)));
   }
-  sums->sum = sums->sum + dz;
-  sums->dot = fma(dz, centered, sums->dot);
-}
-
-template <typename A>
-BN_INLINE void add_wide(const Vec<A>& v, double* to, int lanes) {
-  if (lanes == kLanes<A>) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kWideParts<A>; ++i) {
-      poke(to + i * kWideLanes, peek<NativeDouble>(to + i * kWideLanes) + wide(v, i));
-    }
-  } else {
-    A values[kLanes<A>];
-    store(values, v);
-    for (int i = 0; i < lanes; ++i) to[i] += static_cast<double>(values[i]);
+  if (counted < kLanes<A>) {
+    const Lanes<A> again = first_lanes<A>(kLanes<A> - counted);
+    dz = select(again, set1(A(0)), dz);
+    centered = select(again, set1(A(0)), centered);
   }
+  sums->first = sums->first + dz;
+  sums->second = fma(dz, centered, sums->second);
 }
 
-// kept: sum(dz) and sum(dz * (x - center)) of each column between groups.
-template <typename T, typename Act, int kVectors, bool kPartial>
-BN_INLINE void sums_of_block(const BackwardRows<T>& rows, const Block& b, Accumulate<T>* kept,
-                             const ForwardParams<Accumulate<T>>& p, double* sum, double* dot) {
+template <typename T, typename Act>
+static void column_sums(const BackwardRows<T>& rows, int count, std::int64_t cols, int group,
+                        const ForwardParams<Accumulate<T>>& p, Accumulate<T>* kept, double* first,
+                        double* second) {
   using A = Accumulate<T>;
+  constexpr int kMost = kCheap<Act> ? kBlock : 1;
   const bool has_residual = rows.has_residual, has_mask = rows.has_mask;
-  Affine<A> affine[kVectors];
-  PartialSums<A> sums[kVectors];
+  for_each_block<kMost, A>(
+      count, cols, group, [&](const Block& b, auto vectors, auto partial) BN_LAMBDA {
+        constexpr int kVectors = vectors.value;
+        constexpr bool kPartial = partial.value;
+        Affine<A> affine[kVectors];
+        PartialSums<A> sums[kVectors];
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    const std::int64_t at = b.at + v * kLanes<A>;
-    affine[v] = affine_at<true>(p, at, b.lanes, kPartial);
-    sums[v] = {set1(A(0)), set1(A(0))};
-    if (b.begin > 0) sums[v] = {load(kept + at), load(kept + at + b.padded)};
-  }
-  for (int r = b.begin; r < b.end; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          affine[v] = affine_at<true>(p, b.at + v * kLanes<A>, b.lanes, kPartial);
+          sums[v] = resume(kept, b, v);
+        }
+        for (int r = b.begin; r < b.end; ++r) {
+          const T* const residual = has_residual ? rows.residual[r] : nullptr;
+          const std::uint8_t* const mask = has_mask ? rows.mask[r] : nullptr;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      add_gradient<T, Act, kPartial>(rows.x[r], rows.dy[r],
-                                     has_residual ? rows.residual[r] : nullptr,
-                                     has_mask ? rows.mask[r] : nullptr, b.at + v * kLanes<A>,
-                                     b.lanes, affine[v], p.activation_param, &sums[v]);
-    }
-  }
+          for (int v = 0; v < kVectors; ++v) {
+            add_gradient<T, Act, kPartial>(rows.x[r], rows.dy[r], residual, mask,
+                                           b.at + v * kLanes<A>, b.lanes, affine[v],
+                                           p.activation_param, &sums[v]);
+          }
+        }
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    const std::int64_t at = b.at + v * kLanes<A>;
-    if (b.end == b.count) {
-      add_wide(sums[v].sum, sum + at, b.lanes);
-      add_wide(sums[v].dot, dot + at, b.lanes);
-    } else {
-      store(kept + at, sums[v].sum);
-      store(kept + at + b.padded, sums[v].dot);
-    }
-  }
-}
-
-template <typename T, typename Act>
-static void column_sums(const BackwardRows<T>& rows, int count, std::int64_t cols,
-                        Accumulate<T>* kept, const ForwardParams<Accumulate<T>>& p, double* sum,
-                        double* dot) {
-  constexpr int kLane = kLanes<Accumulate<T>>;
-  constexpr int kVectors = kCheap<Act> ? kBlock : 1;
-  const std::int64_t padded = (cols + kLane - 1) / kLane * kLane;
-  const int group = group_rows<T>(cols, count);
-  for (int begin = 0; begin < count; begin += group) {
-    Block b{begin, begin + group < count ? begin + group : count, count, 0, padded, kLane};
-    for (; b.at + kVectors * kLane <= cols; b.at += kVectors * kLane) {
-      sums_of_block<T, Act, kVectors, false>(rows, b, kept, p, sum, dot);
-    }
-    if constexpr (kVectors > 1) {
-      for (; b.at + kLane <= cols; b.at += kLane) {
-        sums_of_block<T, Act, 1, false>(rows, b, kept, p, sum, dot);
-      }
-    }
-    b.lanes = static_cast<int>(cols - b.at);
-    if (b.lanes > 0) sums_of_block<T, Act, 1, true>(rows, b, kept, p, sum, dot);
-  }
-}
-
-template <typename T, typename Act>
-BN_INLINE void sums_of_run(const BackwardSpan<T>& s, const ForwardParams<Accumulate<T>>& p,
-                           GradientSums* total_of_run) {
-  using A = Accumulate<T>;
-  constexpr int kLane = kLanes<A>;
-  constexpr int kVectors = kCheap<Act> ? 4 : 1;
-  const A param = p.activation_param;
-  const Affine<A> affine = affine_at<false>(p, 0, 0, false);
-  PartialSums<A> sums[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) sums[v] = {set1(A(0)), set1(A(0))};
-  std::int64_t at = 0;
-  for (; at + kVectors * kLane <= s.length; at += kVectors * kLane) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      add_gradient<T, Act, false>(s.x, s.dy, s.residual, s.mask, at + v * kLane, kLane, affine,
-                                  param, &sums[v]);
-    }
-  }
-  if constexpr (kVectors > 1) {
-    for (; at + kLane <= s.length; at += kLane) {
-      add_gradient<T, Act, false>(s.x, s.dy, s.residual, s.mask, at, kLane, affine, param,
-                                  &sums[0]);
-    }
-  }
-  if (at < s.length) {
-    add_gradient<T, Act, true>(s.x, s.dy, s.residual, s.mask, at, static_cast<int>(s.length - at),
-                               affine, param, &sums[0]);
-  }
-  if constexpr (kVectors == 4) {
-    sums[0].sum = (sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum);
-    sums[0].dot = (sums[0].dot + sums[1].dot) + (sums[2].dot + sums[3].dot);
-  }
-  total_of_run->dz += total(sums[0].sum);
-  total_of_run->dz_centered += total(sums[0].dot);
+        for (int v = 0; v < kVectors; ++v) suspend(sums[v], kept, b, v, first, second);
+      });
 }
 
 template <typename T, typename Act>
 static void run_sums(const BackwardSpan<T>& span, const ForwardParams<Accumulate<T>>& params,
-                     GradientSums* totals) {
+                     Accumulate<T>* kept) {
+  using A = Accumulate<T>;
+  constexpr int kVectors = kCheap<Act> ? 4 : 1;
   BackwardSpan<T> s = span;
-  ForwardParams<Accumulate<T>> p = params;
+  ForwardParams<A> p = params;
   for (std::int64_t run = 0; run < span.runs; ++run) {
-    sums_of_run<T, Act>(s, p, totals + run);
+    const Affine<A> affine = affine_at<false>(p, 0, 0, false);
+    const auto sums = sums_of_run<kVectors, A>(
+        s.length, [&](PartialSums<A>* sum, std::int64_t at, int lanes, auto partial) BN_LAMBDA {
+          if (partial.value && can_overlap<A>(s)) {
+            add_gradient<T, Act, false>(s.x, s.dy, s.residual, s.mask, s.length - kLanes<A>,
+                                        kLanes<A>, affine, p.activation_param, sum, lanes);
+          } else {
+            add_gradient<T, Act, partial.value>(s.x, s.dy, s.residual, s.mask, at, lanes, affine,
+                                                p.activation_param, sum);
+          }
+        });
+    keep(sums, kept);
+    kept += 2 * kLanes<A>;
     s.x += s.length;
     s.dy += s.length;
     s.residual = advance(s.residual, s.length);

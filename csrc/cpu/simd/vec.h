@@ -10,6 +10,13 @@
 // A loop of a few steps that compilers would make vectors of, in hundreds of places.
 #define BN_KEEP_LOOP asm volatile("")
 #define BN_MEMBER inline __attribute__((always_inline))
+#define BN_LAMBDA __attribute__((always_inline))
+
+// A value that a lambda's argument brings by its type.
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
 
 constexpr int kVectorBytes = 64;
 constexpr int kNativeBytes = BATCHNORM_NATIVE_BYTES;
