@@ -80,8 +80,6 @@ class TrainOperation {
   bool reduces() const { return true; }
 
   void prepare(const Channels& channels) {
-    std::fill_n(shift_.data() + channels.begin, channels.count(), A(0));
-    if (a_.problem.per_channel() == 0) return;
     const Geometry geometry(a_.problem, plan_);
     const T* const x = static_cast<const T*>(a_.x);
     if (geometry.planes()) {
@@ -152,7 +150,7 @@ class TrainOperation {
     return sight == Sight::kReduced || sight == Sight::kReducedFromMean ? 0x1p-80 : 1;
   }
 
-  // Of a channel's first values, where it has some in several columns of some.
+  // K from the first rows; of a channel that has many columns, from some of them.
   void prepare_columns(const Geometry& geometry, const Channels& channels) {
     constexpr std::int64_t kHeadColumns = 8;
     const Matrix m = geometry.matrix(channels);
