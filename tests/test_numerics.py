@@ -370,7 +370,7 @@ def test_first_values_far_from_the_others(
 
 @pytest.mark.parametrize("layout", ["rows", "planes", "small planes"])
 def test_first_values_far_from_a_constant(layout: str) -> None:
-    """Squares of 0.1 are all rounded the same way, and the variance is a thousandth of their sum."""
+    """Squares of 0.1 are all rounded alike, and the variance is a thousandth of their sum."""
     values = torch.full((64_000, 3), 0.1)
     values[:64] = 0.0
     shape = {"rows": (64_000, 3), "planes": (1, 3, 64_000), "small planes": (2_560, 3, 25)}[layout]

@@ -47,8 +47,9 @@ constexpr std::int64_t kLongPlane = 16 * 1024;
 // What a call can count on of a last-level cache, whatever the machine says that it has: others use
 // it too, and what follows reads y beside its own data. Of a ResNet-50 step (batch 8, AVX2, two
 // threads, an L3 of 32 MiB by its own word), batch norms take 0.85 of what they take without such
-// stores, and the step as a whole 0.96 to 1.00: what reads y then finds it in memory. Inference, where
-// nothing is kept for later, goes by what is reported: eval of 4x256x56x56 took 1.5 times as long.
+// stores, and the step as a whole 0.96 to 1.00: what reads y then finds it in memory. Inference,
+// where nothing is kept for later, goes by what is reported: eval of 4x256x56x56 took 1.5 times as
+// long.
 constexpr std::int64_t kSharedCache = 16 << 20;
 
 // Rows are summed up in groups, with the sums in registers meanwhile, where a thread's data are as
