@@ -2,7 +2,7 @@
 
 torch gives every large block back to the operating system when its tensor is gone, and the next one
 is cleared page by page before an operator may write to it: as long as a batch norm takes, and more.
-This package keeps the blocks of its own outputs, from 1 MiB on, for the next call. With what is in
+This package keeps the blocks of its own outputs, from 128 KiB on, for the next call. With what is in
 use, what is kept is never more than what was in use at once during the last one to two thousand
 calls. The names are those of `torch.cuda`.
 

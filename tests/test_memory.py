@@ -61,9 +61,9 @@ def test_a_block_is_used_again() -> None:
 
 def test_small_outputs_are_torchs() -> None:
     before = memory.memory_stats()
-    kept = [output(MIB // 4 - 1) for _ in range(3)]
+    kept = [output(MIB // 32 - 1) for _ in range(3)]
     assert memory.memory_stats() == before and len(kept) == 3
-    kept = [output(MIB // 4)]
+    kept = [output(MIB // 32)]
     assert memory.memory_stats().allocations == before.allocations + 1
 
 
