@@ -2,7 +2,8 @@
 
 torch gives every large block back to the operating system when its tensor is gone, and the next one
 is cleared page by page before an operator may write to it: as long as a batch norm takes, and more.
-This package keeps the blocks of its own outputs, from 128 KiB on, for the next call. With what is in
+This package keeps the blocks of its own outputs in training and of gradients, from 128 KiB on, for
+the next call. With what is in
 use, what is kept is never more than what was in use at once during the last one to two thousand
 calls. The names are those of `torch.cuda`.
 
@@ -42,7 +43,7 @@ def memory_stats() -> MemoryStats:
     Examples:
         ```python
         x = torch.randn(8, 64, 56, 56)
-        y = batchnorm_ext.BatchNorm2d(64)(x)
+        y = batchnorm_ext.BatchNorm2d(64)(x)  # in training mode
         assert batchnorm_ext.memory.memory_stats().in_use >= y.nbytes
         ```
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import pickle
@@ -12,7 +13,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -36,14 +36,17 @@ def clean() -> Iterator[None]:
     memory.empty_cache()
 
 
-def output(elements: int = MIB, **options: Any) -> Tensor:
-    """A batch norm's output, float32 of so many elements."""
+def output(elements: int = MIB) -> Tensor:
+    """A training step's output, float32 of so many elements."""
     x = torch.arange(elements, dtype=torch.float32).view(-1, 1) % 7
-    return batch_norm(x, torch.zeros(1), torch.ones(1), eps=0.0, **options)
+    arguments = (*(None,) * 6, 0.1, 1e-5, "identity", 0.0, False)
+    return torch.ops.batchnorm_ext.forward_train(x, *arguments)[0]
 
 
+@functools.cache
 def expected(elements: int = MIB) -> Tensor:
-    return torch.arange(elements, dtype=torch.float32).view(-1, 1) % 7
+    """What is in it."""
+    return output(elements).clone()
 
 
 def test_a_block_is_used_again() -> None:
@@ -65,6 +68,12 @@ def test_small_outputs_are_torchs() -> None:
     assert memory.memory_stats() == before and len(kept) == 3
     kept = [output(MIB // 32)]
     assert memory.memory_stats().allocations == before.allocations + 1
+
+
+def test_inference_has_torchs_memory() -> None:
+    before = memory.memory_stats()
+    y = batch_norm(torch.zeros(MIB, 1), torch.zeros(1), torch.ones(1))
+    assert memory.memory_stats() == before and y.nbytes == 4 * MIB
 
 
 def test_gradients_and_layouts_come_from_it() -> None:
@@ -208,7 +217,7 @@ import resource, torch
 from batchnorm_ext import memory
 from batchnorm_ext.functional import batch_norm
 x = torch.zeros(24 * 2**20, 1)
-call = lambda n: batch_norm(x[:n], torch.zeros(1), torch.ones(1))
+call = lambda n: batch_norm(x[:n], None, None, training=True)
 for n in range(1, 9):
     call(n * 2**20)
 call(24 * 2**20)
@@ -220,8 +229,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
 y = call(23 * 2**20 // 2)
 assert memory.memory_stats().cached < kept
 try:
-    torch.ops.batchnorm_ext.forward_eval(x.expand(-1, 64), None, None, None, torch.zeros(64),
-                                         torch.ones(64), 1e-5, "identity", 0.0, False)
+    batch_norm(x.expand(-1, 64), None, None, training=True)
 except RuntimeError as error:
     print("refused:", error)
 """
@@ -244,7 +252,7 @@ def test_the_environment_variable(setting: str, kept: bool) -> None:
     code = (
         "import torch; from batchnorm_ext import memory;"
         "from batchnorm_ext.functional import batch_norm;"
-        "batch_norm(torch.zeros(2**20, 1), torch.zeros(1), torch.ones(1));"
+        "batch_norm(torch.zeros(2**20, 1), None, None, training=True);"
         "print(memory.memory_stats().cached)"
     )
     result = subprocess.run(

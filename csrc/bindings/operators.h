@@ -3,6 +3,7 @@
 // A Backend is made for each call, from the tensor whose device it runs on. It gives
 //   at::Tensor empty(sizes, dtype)       a matrix of whatever content
 //   at::Tensor empty_output(like)        the same with another tensor's sizes, strides and dtype
+//   at::Tensor empty_passing(like)       ... that nothing keeps for a backward pass
 //   bool may_wait()                      whether the host may wait for the device now
 //   void run(call)                       any of core/calls.h
 //   void eval_statistics(mean, var, eps, c, double* mean, double* invstd)
@@ -248,7 +249,7 @@ TwoTensors forward_eval(const at::Tensor& input, const OptionalTensor& residual,
   const Problem problem = problem_of(x);
   const OptionalTensor r = in_layout_of(residual, problem), w = readable(weight),
                        b = readable(bias), m = readable(running_mean), v = readable(running_var);
-  const at::Tensor y = backend.empty_output(x);
+  const at::Tensor y = backend.empty_passing(x);
   const at::Tensor mask =
       empty_mask(backend, problem, save_mask && is_piecewise_linear(activation));
   if (problem.numel() == 0) return {y, mask};

@@ -83,6 +83,14 @@ struct CpuBackend {
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
     return at::Tensor(at::detail::empty_cpu(sizes, dtype));
   }
+  // Of inference, whose output is soon gone: in what another operator has just freed, and left in a
+  // cache. From the pool, a ResNet-50 in eval mode takes 1.01 to 1.02 of the time.
+  at::Tensor empty_passing(const at::Tensor& like) const {
+    at::Tensor output(
+        at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()));
+    cpu::ask_for_huge_pages(output.data_ptr(), output.nbytes());
+    return output;
+  }
   at::Tensor empty_output(const at::Tensor& like) const {
     static PoolAllocator allocator;
     return at::Tensor(at::detail::empty_strided_generic(like.sizes(), like.strides(), &allocator,

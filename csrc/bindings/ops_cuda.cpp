@@ -41,6 +41,7 @@ class CudaBackend {
     return at::Tensor(
         at::detail::empty_strided_cuda(like.sizes(), like.strides(), like.scalar_type(), device_));
   }
+  at::Tensor empty_passing(const at::Tensor& like) const { return empty_output(like); }
   // A stream that is captured into a graph runs nothing.
   bool may_wait() const {
     return c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
