@@ -94,13 +94,10 @@ struct Planner {
   CpuPlan columns() const {
     CpuPlan plan{Scheme::kColumns, true, false, threads, p.c, fold(), 1};
     if (plan.fold > 1) return plan;
-    const std::int64_t per_thread = round_up(divide_up(p.c, threads), kVector);
     const std::int64_t wide = std::max(kMinColumns, kRowBytes / element());
-    const bool all_in_l2 = channel_bytes * p.c <= l2_budget() * threads;
-    if (all_in_l2 && per_thread <= kMaxColumns && p.c >= kMinColumns * threads) {
-      plan.cooperative = threads == 1;
-      plan.unit_channels = per_thread;
-    } else if (channel_bytes * wide <= l2_budget() && p.c >= wide * threads) {
+    // Threads share rows rather than have narrow columns each, where one's prefetches take the
+    // lines that another writes: 8x256x14x14 in bfloat16, 256 bytes each, took 33 us and 41 or 159.
+    if (channel_bytes * wide <= l2_budget() && p.c >= wide * threads) {
       plan.cooperative = false;
       plan.unit_channels = wide;
     } else {
