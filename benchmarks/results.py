@@ -29,10 +29,10 @@ NOTES = [
     "fraction of these.",
     "at the copy limit: what a kernel would reach that takes no longer than the fastest copy takes "
     "for the compulsory bytes: each case's figure divided by its fraction of the fastest copy.",
-    "batchnorm_ext asks for transparent huge pages for its own large outputs, torch by default "
-    "does not, so for outputs that the allocator takes from the kernel at each call (above 32 MB "
-    "always) part of a speed-up is saved page faults, and a fraction of clone can exceed 1. Run "
-    "with --allocator huge-pages to see what is left when torch's allocator asks for them too.",
+    "batchnorm_ext keeps the memory of its outputs in training and asks for transparent huge "
+    "pages, torch by default does neither, so for outputs that the allocator takes from the kernel "
+    "at each call (above 32 MB always) part of a speed-up is saved page faults, and a fraction of "
+    "clone can exceed 1. BATCHNORM_EXT_CPU_CACHE=0 with --allocator huge-pages shows what is left.",
 ]
 
 

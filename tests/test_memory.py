@@ -276,7 +276,7 @@ def test_the_profiler_sees_it() -> None:
 
 
 def test_no_memory_is_lost() -> None:
-    """Resident memory stays what it was over a thousand calls."""
+    """Resident memory stays what it was over 300 calls."""
     for _ in range(50):
         output()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

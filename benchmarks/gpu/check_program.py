@@ -4,7 +4,7 @@
     python3 -m benchmarks.gpu.check_program run [--quiet] [k/n] [seed] [dtype]
 
 They are those of tests/emulation, on the device's own memory: the same cases, formulas and
-properties. The kernels are compiled as setup.py compiles them. `run` builds what is not current,
+properties. The kernels are compiled as setup_extension.py has it. `run` builds what is not current,
 then becomes the program, so its arguments, output and exit status are those of check_kernels.cpp.
 Exit status 2: there is no nvcc.
 """

@@ -29,8 +29,7 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& b
 }
 
 // Smaller blocks stay in the C library's own memory. From here on glibc has each mapped, until it
-// has seen larger ones freed, which it no longer does: 8x256x14x14 in bfloat16 (0.8 MB) took 121 us
-// with a pool of larger blocks alone, 44 without one.
+// has seen larger ones freed, which with a pool it may never do. Not measured against other sizes.
 constexpr std::size_t kFromPool = 128 << 10;
 
 // What resize_, share_memory_ and their like do to an output's memory goes through here, too.

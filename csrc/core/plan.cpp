@@ -13,7 +13,7 @@ constexpr std::int64_t kElementsPerThread = 32 * 1024;
 constexpr std::int64_t kRowBytes = 4096;
 // Planes of neighbouring channels are walked together up to such a length, also where that is more
 // than a second-level cache holds: fewer page walks, fewer restarts of the prefetchers. Units of
-// 10, 16 and 64 channels of 64x256x14x14 (2 MB to 3.2 MB) took 1.5, 1.25 and 0.92 ms
+// 10, 16 and 64 channels of 64x256x14x14 (0.5 to 3.2 MB) took 1.5, 1.25 and 0.92 ms
 // forward, 2.5, 2.0 and 1.6 backward (float32, AVX2, one thread).
 constexpr std::int64_t kRunBytes = 64 * 1024;
 // Columns are split for the last-level cache only into groups this wide. Groups of 256 bytes cost
@@ -95,8 +95,9 @@ struct Planner {
     CpuPlan plan{Scheme::kColumns, true, false, threads, p.c, fold(), 1};
     if (plan.fold > 1) return plan;
     const std::int64_t wide = std::max(kMinColumns, kRowBytes / element());
-    // Threads share rows rather than have narrow columns each, where one's prefetches take the
-    // lines that another writes: 8x256x14x14 in bfloat16, 256 bytes each, took 33 us and 41 or 159.
+    // Threads share rows rather than have narrow columns each, where one's prefetches seem to take
+    // the lines that another writes: 8x256x14x14 in bfloat16, 256 bytes each, took 33 us and 41 or
+    // 159.
     if (channel_bytes * wide <= l2_budget() && p.c >= wide * threads) {
       plan.cooperative = false;
       plan.unit_channels = wide;
