@@ -10,6 +10,9 @@ class Plan(TypedDict):
     unit_channels: int
     fold: int
     group_rows: int
+    second_reading: str  # where it finds its data: "none", "L2", "L3" or "memory"
+    compulsory_bytes: int
+    predicted_bytes: int
 
 class PoolStatistics(TypedDict):
     in_use: int
@@ -54,7 +57,16 @@ def build_info() -> dict[str, object]: ...
 def cpu_capability() -> str: ...
 def set_cpu_capability(name: str) -> None: ...
 def plan(
-    layout: str, dtype: str, n: int, c: int, s: int, threads: int, op: str, masked: bool = False
+    layout: str,
+    dtype: str,
+    n: int,
+    c: int,
+    s: int,
+    threads: int,
+    op: str,
+    masked: bool = False,
+    residual: bool = False,
+    outputs: int = 1,
 ) -> Plan: ...
 def pool_statistics() -> PoolStatistics: ...
 def set_pool_limit(limit: int | None) -> None: ...

@@ -1,6 +1,6 @@
 """``python -m batchnorm_ext``: what is installed, and the command that mends what is wrong.
 
-``python -m batchnorm_ext plan`` shows how a CUDA call would be cut into work (see plan.py), and
+``python -m batchnorm_ext plan`` shows how a call would be cut into work (see plan.py), and
 ``python -m batchnorm_ext compare`` what this package brings for a model (see compare_command.py).
 
 Exit status: 0 where all is well, 1 where a problem is listed, or nothing could be compared.
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     commands = parser.add_subparsers(dest="command", metavar="{plan,compare}")
     plan.add_arguments(
-        commands.add_parser("plan", help="how a CUDA call would be cut into work, and why")
+        commands.add_parser("plan", help="how a call would be cut into work, and why")
     )
     compare_command.add_arguments(
         commands.add_parser("compare", help="what this package brings for a model of yours")

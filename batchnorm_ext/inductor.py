@@ -3,7 +3,7 @@
 By default it hands an operator that it does not know the strides that eager mode would. It also
 makes convolutions channels-last whatever a model's layout is, so that a copy would come before each
 batch norm of a contiguous model, and another after it. The kernels take both layouts. Only a mask
-has the shape of its layout, so that a call with one is as in eager mode.
+on CUDA has the shape of its layout, so that a call with one is as in eager mode.
 
 The names taken from inductor are private. Where one is missing, the default stays, which is right
 too, but slower.
@@ -41,8 +41,8 @@ def tell_inductor() -> None:
 
 
 def _constrain(node: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a call, in the strides that eager mode has where there is a mask."""
-    if not _has_mask(node) or "eager_input_vals" not in node.meta:
+    """The arguments of a call, in the strides that eager mode has where a mask's shape says them."""
+    if not _has_shaped_mask(node) or "eager_input_vals" not in node.meta:
         return args, kwargs
     from torch._inductor.lowering import constrain_to_fake_tensors
 
@@ -53,8 +53,8 @@ def _constrain(node: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return constrain_to_fake_tensors(args, kwargs, positional, {k: eager.get(k) for k in kwargs})
 
 
-def _has_mask(node: fx.Node) -> bool:
-    """Whether bits of an activation are among arguments or outputs: an empty mask is 1-d."""
+def _has_shaped_mask(node: fx.Node) -> bool:
+    """Whether a mask with the shape of a layout is among arguments or outputs."""
     values = [argument.meta["val"] for argument in node.all_input_nodes]
     outputs = node.meta["val"]
     values += outputs if isinstance(outputs, (tuple, list)) else [outputs]

@@ -7,13 +7,14 @@ the next call. With what is in
 use, what is kept is never more than what was in use at once during the last one to two thousand
 calls. The names are those of `torch.cuda`.
 
-The environment variable `BATCHNORM_EXT_CPU_CACHE` sets the limit, in bytes, before the first call;
-0 turns it all off. It is off, too, where another allocator was chosen for the process: jemalloc,
+The environment variable `BATCHNORM_EXT_CPU_CACHE` is a first limit, in bytes, read at import; 0
+turns it all off. It is off, too, where another allocator was chosen for the process: jemalloc,
 tcmalloc or mimalloc by LD_PRELOAD, or one set in torch.
 """
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from batchnorm_ext.ops import _C
@@ -67,3 +68,18 @@ def set_cache_limit(limit: int | None) -> None:
         ValueError: a negative limit.
     """
     _C.set_pool_limit(limit)
+
+
+def _read_environment() -> None:
+    """The first limit, where the environment names one."""
+    setting = os.environ.get("BATCHNORM_EXT_CPU_CACHE", "")
+    if not setting:
+        return
+    if not setting.isdecimal():
+        raise ValueError(
+            f"BATCHNORM_EXT_CPU_CACHE should be a number of bytes such as 1000000000, got {setting!r}"
+        )
+    set_cache_limit(min(int(setting), 2**63 - 1))
+
+
+_read_environment()

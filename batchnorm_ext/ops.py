@@ -76,19 +76,30 @@ def _empty_like(tensor: Tensor) -> Tensor:
 _PIECEWISE_LINEAR = ("relu", "relu6", "leaky_relu")
 
 
+def _is_host_memory(tensor: Tensor) -> bool:
+    """Mirrors kHostMemory of the backends in csrc/bindings."""
+    return tensor.device.type != "cuda"
+
+
 def _empty_mask(output: Tensor, wanted: bool, activation: str) -> Tensor:
     """Mirrors mask_shape() of csrc/bindings/operators.h."""
     n, c = output.shape[:2]
     s = math.prod(output.shape[2:])
-    shape: tuple[int, ...]
+    flat = _is_host_memory(output)
+    rows: tuple[int, ...]
     if not (wanted and activation in _PIECEWISE_LINEAR):
-        shape = (0,)
-    elif c == 1:
-        shape = (1, 1, (n * s + 7) // 8)
-    elif s == 1 or not output.is_contiguous():
-        shape = (n * s, (c + 7) // 8)
+        return torch.empty(0, dtype=torch.uint8, device=output.device)
+    if c == 1:
+        rows = (1, 1, (n * s + 7) // 8)
+    elif s == 1:
+        rows = (n, (c + 7) // 8)
+    elif flat:
+        rows = (n, (c + 7) // 8, (s + 7) // 8, 8)
+    elif output.is_contiguous():
+        rows = (n, c, (s + 7) // 8)
     else:
-        shape = (n, c, (s + 7) // 8)
+        rows = (n * s, (c + 7) // 8)
+    shape = (math.prod(rows) + 1,) if flat else rows
     return torch.empty(shape, dtype=torch.uint8, device=output.device)
 
 
@@ -207,12 +218,7 @@ def _(
             return torch.empty_like(like)
         return grad_output.new_empty(0)
 
-    if input is not None:
-        dense = _empty_like(input)
-    elif mask is None or mask.dim() == 1:
-        dense = _empty_like(grad_output)
-    else:  # the mask's layout: layout_of_mask() of csrc/bindings/operators.h
-        dense = _in_layout(grad_output, channels_last=mask.dim() == 2)
+    dense = _empty_like(grad_output if input is None else input)
     return (
         gradient(output_mask[0], dense),
         gradient(output_mask[1], dense),

@@ -328,6 +328,25 @@ def penalty(
 
 
 @app.command()
+def networks(
+    network: Annotated[str | None, typer.Option(help="names, by commas; all of them")] = None,
+    layout: Annotated[str | None, typer.Option(help=", ".join(shapes.LAYOUTS))] = None,
+    dtype: Annotated[str, typer.Option(help="float32; bfloat16 is mixed precision")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compile", help="through torch.compile")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="steps of each candidate")] = 11,
+    output: Annotated[Path | None, typer.Option(help="default: benchmarks/results")] = None,
+) -> None:
+    """Time training steps of whole networks: torch's batch norm, converted, fused."""
+    _require_extension()
+    from benchmarks import networks as measurements
+
+    names = _choices(network or "all", tuple(measurements.NETWORKS), "network")
+    layouts = _choices(layout or "all", shapes.LAYOUTS, "layout")
+    dtypes = _choices(dtype, shapes.DTYPES[:2], "dtype")
+    measurements.run(names, layouts, dtypes, compiled, rounds, output)
+
+
+@app.command()
 def sync(
     procs: Annotated[int, typer.Option(min=2, help="processes; GPUs with --device cuda")] = 2,
     device: Annotated[str, typer.Option(help=", ".join(shapes.DEVICES))] = "cpu",

@@ -62,6 +62,12 @@ def cpu_fields() -> dict[str, str]:
     return {key: pairs[key].strip() for key in wanted if key in pairs}
 
 
+# What changes threads, kernels or memory.
+_VARIABLES = re.compile(
+    "OMP_NUM_THREADS|GOMP_CPU_AFFINITY|KMP_AFFINITY|BATCHNORM_EXT_.*|MALLOC_.*|LD_PRELOAD"
+)
+
+
 def cache_bytes(device: str) -> int:
     """Size of the last cache before the device's memory."""
     if device == "cpu":
@@ -101,7 +107,6 @@ def collect(device: str = "cpu") -> dict[str, Any]:
     huge_pages = re.search(r"\[(\w+)\]", _read(_HUGE_PAGES))
     info = collect_env.get_env_info()
     huge = os.environ.get(HUGE_PAGES_VARIABLE) == "1"
-    variables = ("OMP_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "BATCHNORM_EXT_CPU")
     return {
         "device": device,
         "cpu": cpu_fields(),
@@ -115,7 +120,7 @@ def collect(device: str = "cpu") -> dict[str, Any]:
         "libc": info.libc_version,
         "transparent_huge_pages": huge_pages[1] if huge_pages else "",
         "torch_allocator": "huge pages" if huge else "default",
-        "variables": {name: os.environ[name] for name in variables if name in os.environ},
+        "variables": {k: value for k, value in os.environ.items() if _VARIABLES.fullmatch(k)},
         "batchnorm_ext": extension(),
     }
 

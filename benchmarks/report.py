@@ -265,6 +265,33 @@ def penalty_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def networks_table(result: dict[str, Any]) -> Table:
+    """What `networks` measured: a line for each network, layout, dtype and way."""
+    table = simple_table("Training steps of whole networks")
+    lefts = ("network", "layout", "dtype", "way")
+    times = ("step", "times as fast", "batch norm", "of torch's", "with add and activation")
+    for name in (*lefts, *times, "of torch's", "all but products", "of torch's", "peak"):
+        table.add_column(name, justify="left" if name in lefts else "right")
+    for row in result["networks"]:
+        keys = (row["network"], SHORT[row["layout"]], SHORT[row["dtype"]])
+        for way, operators in row["operators"].items():
+            median = time_text(row["timings"][way]["median"])
+            cells = [*keys, way, median, ratio_text(row["speedup"].get(way))]
+            for kinds in (("norm",), ("norm", "pointwise"), ("norm", "pointwise", "others")):
+                ours, torchs = (
+                    sum(some[kind] for kind in kinds)
+                    for some in (operators, row["operators"]["torch"])
+                )
+                share = f"{ours / torchs:.2f}" if way != "torch" and torchs else ""
+                cells += [time_text(ours), share]
+            peak = row["peak_bytes"].get(way)
+            table.add_row(*cells, f"{peak / 1e6:.0f} MB" if peak else "")
+    table.caption = (
+        "Times of operators are their own, by the profiler; products: convolutions, matrices."
+    )
+    return table
+
+
 def sync_tables(result: dict[str, Any]) -> list[Table]:
     """What `sync` measured: steps of every candidate, and single collectives."""
     steps = simple_table(f"One training step on {result['procs']} processes")

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 import batchnorm_ext as bx
 
+BYTE = 8  # channels whose bits fill one, in either layout
+MARK = 1  # with which a mask on the CPU names its layout
+
 
 def saved_bytes(norm: nn.Module, *arguments: Tensor) -> int:
     """Bytes that a call keeps for backward, beyond the values per channel."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() > CHANNELS:
+        if tensor.numel() > BYTE:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -56,24 +59,24 @@ def test_frozen(
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_frozen_keeps_no_input(with_residual: bool) -> None:
     """Nothing without an activation, a bit per element with a piecewise-linear one."""
-    x = torch.randn(4, CHANNELS, 8, 8, requires_grad=True, device=DEVICE)
+    x = torch.randn(4, BYTE, 8, 8, requires_grad=True, device=DEVICE)
     arguments = (x, x.detach().clone().requires_grad_()) if with_residual else (x,)
     size = x.numel() * 4
     for activation, expected in (("identity", 0), ("relu", size // 32), ("leaky_relu", size // 32)):
-        norm = bx.BatchNormAct2d(CHANNELS, activation).to(DEVICE)
+        norm = bx.BatchNormAct2d(BYTE, activation).to(DEVICE)
         assert saved_bytes(norm, *arguments) >= size
-        assert saved_bytes(norm.freeze(), *arguments) == expected
+        assert saved_bytes(norm.freeze(), *arguments) in (expected, expected + MARK * (expected > 0))
         assert saved_bytes(norm.freeze(affine=False), *arguments) >= size
-    smooth = bx.BatchNormAct2d(CHANNELS, "silu").to(DEVICE).freeze()
+    smooth = bx.BatchNormAct2d(BYTE, "silu").to(DEVICE).freeze()
     assert saved_bytes(smooth, *arguments) == size * len(arguments)
 
 
 def test_the_gradient_of_bias_alone_needs_no_input() -> None:
-    x = torch.randn(4, CHANNELS, 8, 8, device=DEVICE)
-    norm = bx.BatchNormAct2d(CHANNELS).to(DEVICE).eval()
+    x = torch.randn(4, BYTE, 8, 8, device=DEVICE)
+    norm = bx.BatchNormAct2d(BYTE).to(DEVICE).eval()
     expected = torch.autograd.grad(norm(x).sum(), norm.bias)
     norm.weight.requires_grad_(False)
-    assert saved_bytes(norm, x) == x.numel() // 8
+    assert saved_bytes(norm, x) in (x.numel() // 8, x.numel() // 8 + MARK)
     torch.testing.assert_close(torch.autograd.grad(norm(x).sum(), norm.bias), expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,52 @@ def test_other_tensors_strides_change_nothing(
         got = _gradients(case, data, LAYOUTS[grad_layout](data.grad_output))
         for ours, wanted in zip(got, expected, strict=True):
             assert torch.equal(ours, wanted), (residual_layout, grad_layout)
+
+
+@pytest.mark.parametrize("with_input", [True, False], ids=["input", "no input"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward_reads_the_mask_in_its_own_layout(
+    shape: tuple[int, ...], layout: Callable[[Tensor], Tensor], with_input: bool
+) -> None:
+    """In whatever layout backward gets its tensors, it returns gradients in that one."""
+    operators = torch.ops.batchnorm_ext
+    data = Case(shape, activation="relu", residual="contiguous").data()
+    x, dy = data.input.detach(), data.grad_output
+    c = shape[1]
+    mean, var = torch.zeros(c), torch.ones(c)
+    rest = (None, None, mean, var, 1e-5, "relu", 0.0, True)
+    y, mask = operators.forward_eval(layout(x), data.residual, *rest)
+    statistics = operators.eval_statistics(mean, var, 1e-5)
+    for arranged in (contiguous, channels_last):
+        dx, dresidual, _, _ = operators.backward(
+            arranged(dy), arranged(x) if with_input else None, None, None, None, *statistics, mask,
+            False, "relu", 0.0, [True, True, False, False],
+        )  # fmt: skip
+        torch.testing.assert_close(dresidual, dy * (y > 0), rtol=0, atol=0)
+        torch.testing.assert_close(dx, dy * (y > 0) / (1 + 1e-5) ** 0.5)
+        assert dx.stride() == dresidual.stride() == arranged(dy).stride()
+
+
+def test_a_mask_of_another_call_is_refused() -> None:
+    operators = torch.ops.batchnorm_ext
+    x = torch.randn(2, 9, 5, 3)
+    mean, invstd = torch.zeros(9, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+
+    def backward(mask: Tensor) -> None:
+        operators.backward(
+            *(x, x, None, None, None, mean, invstd, mask, False, "relu", 0.0, [True] * 2 + [False] * 2)
+        )
+
+    rest = (None, None, None, mean.float(), invstd.float(), 1e-5, "relu", 0.0, True)
+    _, right = operators.forward_eval(x, *rest)
+    backward(right)
+    wrongs = [right[:-1], right.float(), right[::2]]
+    if right.dim() == 1:  # its last byte names the layout
+        wrongs.append(torch.cat([right[:-1], torch.full((1,), 2, dtype=torch.uint8)]))
+    for wrong in wrongs:
+        with pytest.raises(RuntimeError, match="mask should be what the forward pass returned"):
+            backward(wrong)
 
 
 @pytest.mark.parametrize("what", ["input", "residual", "grad_output"])

@@ -268,6 +268,18 @@ def test_the_environment_variable(setting: str, kept: bool) -> None:
     assert (int(result.stdout) > 0) is kept
 
 
+@pytest.mark.parametrize("setting", ["1G", "-1", "abc", "1e9"])
+def test_a_wrong_setting_is_refused(setting: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "import batchnorm_ext"],
+        env={**os.environ, "BATCHNORM_EXT_CPU_CACHE": setting},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "should be a number of bytes" in result.stderr and repr(setting) in result.stderr
+
+
 def test_the_profiler_sees_it() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         y = output()

@@ -212,6 +212,30 @@ def test_poisoned_elements_in_evaluation(name: str, poison: float) -> None:
     torch.testing.assert_close(got, wanted, equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF])
+@pytest.mark.parametrize("layout", BOTH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_of_any_bits_stays_one(dtype: torch.dtype, layout: str, bits: int) -> None:
+    """Rounded by an addition, some would be infinite, or zero."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    for name, mode in (
+        *(("weight", "train"), ("bias", "train"), ("weight", "eval"), ("bias", "eval")),
+        *(("running_mean", "eval"), ("running_var", "eval")),
+    ):
+        for capability in available_capabilities():
+            case = Case((3, 17, 7), dtype, layout, "identity", layout, mode=mode)
+            data = case.data()
+            replaced = torch.ones(17)
+            replaced[5] = nan
+            setattr(data, name, replaced)
+            for other in ("weight", "bias", "running_mean", "running_var"):
+                if other != name:
+                    setattr(data, other, torch.ones(17))
+            with cpu_capability(capability):
+                y = case.call(data)
+            assert torch.equal(y.isnan().all(2).any(0).nonzero(), torch.tensor([[5]])), name
+
+
 def test_poisoned_residual() -> None:
     for layout in BOTH:
         case = Case((3, 4, 5), layout=layout, residual=layout)

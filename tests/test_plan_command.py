@@ -1,8 +1,9 @@
-"""CUDA plans as Python sees them: `_C.plan_cuda`, `_C.force_cuda_plan`, and the command `plan`."""
+"""Plans as Python sees them: `_C.plan_cuda`, `_C.force_cuda_plan`, and the command `plan`."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +117,65 @@ def test_the_command_explains_every_plan(
                 "workspace", "compulsory", "predicted",
             }  # fmt: skip
             assert why.endswith(".") and "{" not in why
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "eval"])
+def test_the_command_explains_every_plan_for_the_cpu(
+    op: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shape in ("2,3", "128,64,56,56", "8,2048,3,3", "4,1,100"):
+        for layout in ("channels_first", "channels_last"):
+            words = ["--shape", shape, "--layout", layout, "--op", op, "--device", "cpu"]
+            assert command(*words, "--residual", "--masked", "--threads", "3") == 0
+            text = capsys.readouterr().out
+            rows, _, why = text.strip().rpartition("\n\n")
+            assert [line[:15].strip() for line in rows.splitlines()] == [
+                "call", "device", "scheme", "units", "threads", "walk", "stores", "compulsory",
+                "predicted",
+            ]  # fmt: skip
+            assert why.endswith(".") and "{" not in why
+            assert ("read twice" in why) is (op == "eval")
+
+
+def test_the_command_for_the_cpu_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--shape", "2,64,5,5", "--device", "cpu", "--op", "backward")
+    assert command(*words, "--threads", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == _C.plan("channels_first", "float32", 2, 64, 25, 2, "backward")
+
+
+def test_bytes_on_the_cpu() -> None:
+    """What is read and written is counted, what is read again where no cache holds it."""
+    small: tuple[Any, ...] = ("channels_last", "float32", 16, 64, 49)
+    large: tuple[Any, ...] = ("channels_last", "float32", 2**23, 64, 9)
+    for sizes in (small, large):
+        tensor = math.prod(sizes[2:]) * 4
+        for op, operands, tensors in [
+            ("forward", {}, 2),
+            ("forward", {"residual": True}, 3),
+            ("eval", {"residual": True}, 3),
+            ("backward", {}, 3),
+            ("backward", {"outputs": 2, "residual": True}, 5),
+        ]:
+            plan = _C.plan(*sizes, 2, op, **operands)
+            assert plan["compulsory_bytes"] == tensors * tensor
+            again = 0 if sizes == small or op == "eval" else tensors - operands.get("outputs", 1)
+            again -= op == "forward" and "residual" in operands and again > 0
+            assert plan["predicted_bytes"] == (tensors + again) * tensor, (op, operands, plan)
+            level = plan["second_reading"]
+            assert level == ("none" if op == "eval" else "L2" if sizes == small else "memory")
+    masked = _C.plan(*small, 2, "forward", masked=True, residual=True)
+    tensor = math.prod(small[2:]) * 4
+    assert masked["compulsory_bytes"] == 3 * tensor + tensor // 4 // 8
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two"])
+def test_the_command_refuses_what_are_no_threads(
+    threads: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command("--shape", "2,3", "--device", "cpu", "--threads", threads)
+    assert "is not a number of at least 1" in capsys.readouterr().err
 
 
 def test_the_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ namespace {
 using cpu::Capability;
 
 constexpr const char* kSchemeNames[] = {"columns", "planes", "expanded"};
+constexpr const char* kLevelNames[] = {"none", "L2", "L3", "memory"};
 
 py::dict build_info() {
   std::vector<std::string> built;
@@ -67,10 +68,15 @@ void set_cpu_capability(const std::string& name) {
 }
 
 py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t n, std::int64_t c,
-              std::int64_t s, int threads, const std::string& op, bool masked) {
+              std::int64_t s, int threads, const std::string& op, bool masked, bool residual,
+              int outputs) {
   if (threads < 1) throw py::value_error("threads should be at least 1");
-  const CpuPlan plan = plan_cpu(problem_from(layout, dtype, n, c, s), pass_from(op), masked,
-                                threads, cpu::cache_sizes(), plan_override());
+  const Problem problem = problem_from(layout, dtype, n, c, s);
+  const Pass pass = pass_from(op);
+  const CacheSizes& caches = cpu::cache_sizes();
+  const CpuPlan plan = plan_cpu(problem, pass, masked, threads, caches, plan_override());
+  const Traffic traffic =
+      predict_traffic(problem, pass, {residual, masked, outputs}, plan, caches);
   py::dict result;
   result["scheme"] = kSchemeNames[static_cast<int>(plan.scheme)];
   result["cooperative"] = plan.cooperative;
@@ -79,6 +85,9 @@ py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t 
   result["unit_channels"] = plan.unit_channels;
   result["fold"] = plan.fold;
   result["group_rows"] = plan.group_rows;
+  result["second_reading"] = kLevelNames[static_cast<int>(traffic.second_reading)];
+  result["compulsory_bytes"] = traffic.compulsory;
+  result["predicted_bytes"] = traffic.predicted;
   return result;
 }
 
@@ -125,6 +134,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Use another one; RuntimeError where the processor lacks it.");
   m.def("plan", &plan, py::arg("layout"), py::arg("dtype"), py::arg("n"), py::arg("c"),
         py::arg("s"), py::arg("threads"), py::arg("op"), py::arg("masked") = false,
+        py::arg("residual") = false, py::arg("outputs") = 1,
         "How a CPU call would be cut into work (core/plan.h).");
   m.def("force_plan", &force_plan, py::kw_only(), py::arg("scheme") = py::none(),
         py::arg("cooperative") = py::none(), py::arg("stream") = py::none(),

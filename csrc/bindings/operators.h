@@ -88,22 +88,37 @@ inline void check_backward(const at::Tensor& grad_output, const at::Tensor& inpu
   TORCH_CHECK(has(bias) || !output_mask[3], "a gradient of bias needs bias, but got None");
 }
 
-// Bits as core/types.h has them. The shape tells the layout that they belong to, for a backward
-// pass that has no input: (N, C, bytes of a plane) or (N * spatial, bytes of a row of channels).
-inline std::vector<std::int64_t> mask_shape(const Problem& problem) {
-  const std::int64_t bytes = mask_row_bytes(problem);
-  if (problem.layout == Layout::kChannelsLast) return {problem.n * problem.s, bytes};
-  return {problem.n, problem.c, bytes};
+// Bits as core/types.h has them, and the layout that they belong to: backward may be handed its
+// tensors in another one. Where the host can read the mask its last byte says so, and its shape is
+// the same for both layouts, so that a compiler may choose. Elsewhere the shape says it: (N, C,
+// bytes of a plane) or (N * spatial, bytes of a row of channels).
+template <typename Backend>
+std::vector<std::int64_t> mask_shape(const Problem& p) {
+  const std::int64_t bytes = mask_row_bytes(p);
+  if constexpr (Backend::kHostMemory) {
+    if (p.c == 1 || p.s == 1) return {mask_rows(p) * bytes + 1};
+    return {p.n * ((p.c + 7) / 8) * ((p.s + 7) / 8) * 8 + 1};  // enough for either
+  }
+  if (p.layout == Layout::kChannelsLast) return {p.n * p.s, bytes};
+  return {p.n, p.c, bytes};
 }
 
-inline Layout layout_of_mask(const at::Tensor& mask) {
+template <typename Backend>
+Layout layout_of_mask(const at::Tensor& mask) {
+  if constexpr (Backend::kHostMemory) {
+    return static_cast<Layout>(mask.data_ptr<std::uint8_t>()[mask.numel() - 1]);
+  }
   return mask.dim() == 3 ? Layout::kChannelsFirst : Layout::kChannelsLast;
 }
 
 template <typename Backend>
 at::Tensor empty_mask(const Backend& backend, const Problem& problem, bool wanted) {
   if (!wanted) return backend.empty({0}, at::kByte);
-  return backend.empty(mask_shape(problem), at::kByte);
+  const at::Tensor mask = backend.empty(mask_shape<Backend>(problem), at::kByte);
+  if constexpr (Backend::kHostMemory) {
+    mask.data_ptr<std::uint8_t>()[mask.numel() - 1] = static_cast<std::uint8_t>(problem.layout);
+  }
+  return mask;
 }
 
 inline std::uint8_t* bits_of(const at::Tensor& mask) {
@@ -277,14 +292,22 @@ TwoTensors eval_statistics(const at::Tensor& running_mean, const at::Tensor& run
   return {mean, invstd};
 }
 
-inline const std::uint8_t* mask_pointer(const OptionalTensor& mask, const Problem& problem) {
-  if (!has(mask) || mask->numel() == 0) return nullptr;
-  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->is_contiguous() &&
-                  mask->numel() == mask_rows(problem) * mask_row_bytes(problem),
-              "mask should be what forward_train returned for this input, contiguous uint8 of ",
-              mask_rows(problem), " x ", mask_row_bytes(problem), ", but got ", mask->scalar_type(),
-              " of ", mask->sizes());
-  return mask->data_ptr<std::uint8_t>();
+// The tensor, from in_some_layout, in the layout of the mask's bits.
+template <typename Backend>
+at::Tensor in_layout_of_mask(const at::Tensor& x, const at::Tensor& mask) {
+  check_device(mask, x, "mask");
+  const auto refuse = [&](const Problem& p) {
+    TORCH_CHECK(false, "mask should be what the forward pass returned for this input, contiguous uint8 of ",
+                at::IntArrayRef(mask_shape<Backend>(p)), ", but got ", mask.scalar_type(), " of ",
+                mask.sizes());
+  };
+  if (mask.scalar_type() != at::kByte || !mask.is_contiguous()) refuse(problem_of(x));
+  const Layout layout = layout_of_mask<Backend>(mask);
+  if (layout != Layout::kChannelsFirst && layout != Layout::kChannelsLast) refuse(problem_of(x));
+  const at::Tensor moved = in_layout(x, layout);
+  const Problem problem = problem_of(moved);
+  if (mask.sizes() != at::IntArrayRef(mask_shape<Backend>(problem))) refuse(problem);
+  return moved;
 }
 
 inline const double* totals_pointer(const OptionalTensor& totals, const at::Tensor& input,
@@ -305,16 +328,14 @@ inline ChannelValues values_of(const at::Tensor& gradient, bool wanted, const ch
   return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
 }
 
-// What stands in for an input that was not saved: a tensor of its shape, dtype and layout, of whose
-// values nothing depends.
-inline at::Tensor without_input(const at::Tensor& grad_output, const OptionalTensor& mask,
-                                bool training, Activation activation, bool needs_dweight) {
+// Where no input was saved, the gradient of the output stands in for it: of its shape and dtype, and
+// nothing depends on its values.
+inline void check_absent_input(const at::Tensor& grad_output, bool masked, bool training,
+                               Activation activation, bool needs_dweight) {
   check_rank(grad_output);
-  const bool masked = has(mask) && mask->numel() > 0;
   TORCH_CHECK(!training && !needs_dweight && (masked || activation == Activation::kIdentity),
               "backward needs input in training, for the gradient of weight, and for an activation "
               "without a mask, but got None");
-  return masked ? in_layout(grad_output, layout_of_mask(*mask)) : in_some_layout(grad_output);
 }
 
 template <typename Backend>
@@ -325,16 +346,19 @@ FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& given_
                      double activation_param, std::array<bool, 4> output_mask,
                      const OptionalTensor& totals) {
   const Activation activation = activation_of(std::string(activation_name));
-  const at::Tensor input =
-      has(given_input) ? *given_input
-                       : without_input(grad_output, mask, training, activation, output_mask[2]);
+  const bool masked = has(mask) && mask->numel() > 0;
+  if (!has(given_input)) {
+    check_absent_input(grad_output, masked, training, activation, output_mask[2]);
+  }
+  const at::Tensor& input = has(given_input) ? *given_input : grad_output;
   check_backward(grad_output, input, residual, weight, bias, mean, invstd, output_mask);
   const double* const sums = totals_pointer(totals, input, output_mask);
 
   const Backend backend(input);
-  const at::Tensor x = in_some_layout(input);
+  const at::Tensor given = in_some_layout(input);
+  const at::Tensor x = masked ? in_layout_of_mask<Backend>(given, *mask) : given;
   const Problem problem = problem_of(x);
-  const std::uint8_t* const bits = mask_pointer(mask, problem);
+  const std::uint8_t* const bits = masked ? mask->data_ptr<std::uint8_t>() : nullptr;
   const at::Tensor dy = in_layout(grad_output, problem.layout);
   const OptionalTensor r = bits ? std::nullopt : in_layout_of(residual, problem),
                        w = readable(weight), b = readable(bias);
@@ -357,7 +381,13 @@ FourTensors backward(const at::Tensor& grad_output, const OptionalTensor& given_
       activation, activation_param, output_mask[0] ? dx.data_ptr() : nullptr,
       output_mask[1] ? dresidual.data_ptr() : nullptr, values_of(dweight, output_mask[2], "weight"),
       values_of(dbias, output_mask[3], "bias"), sums});
-  return {dx, dresidual, dweight, dbias};
+  // The layout that callers were told of, whatever the mask has.
+  const auto told = [&](const at::Tensor& gradient) {
+    return x.is_same(given) || gradient.numel() == 0
+               ? gradient
+               : in_layout(gradient, problem_of(given).layout);
+  };
+  return {told(dx), told(dresidual), dweight, dbias};
 }
 
 // To be called in a TORCH_LIBRARY_IMPL block.

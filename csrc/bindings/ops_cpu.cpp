@@ -11,8 +11,6 @@
 #include <pthread.h>
 #endif
 
-#include <cstdlib>
-
 #include "bindings/operators.h"
 #include "bindings/planning.h"
 #include "bindings/pool.h"
@@ -69,14 +67,10 @@ bool has_allocator_of_its_own() {
   return false;
 }
 
-std::int64_t first_limit() {
-  const char* const setting = std::getenv("BATCHNORM_EXT_CPU_CACHE");
-  if (setting && *setting) return std::atoll(setting);
-  return has_allocator_of_its_own() ? 0 : cpu::Pool::kNoLimit;
-}
-
 // Allocation without the dispatcher, which takes longer than the kernels do on a small tensor.
 struct CpuBackend {
+  static constexpr bool kHostMemory = true;
+
   explicit CpuBackend(const at::Tensor&) {}
 
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
@@ -118,7 +112,7 @@ struct CpuBackend {
 // Never destroyed: outputs may outlive what a process destroys at its end.
 cpu::Pool& output_pool() {
   static cpu::Pool* const pool = [] {
-    auto* const made = new cpu::Pool(first_limit());
+    auto* const made = new cpu::Pool(has_allocator_of_its_own() ? 0 : cpu::Pool::kNoLimit);
 #if defined(__linux__)
     pthread_atfork([] { output_pool().before_fork(); }, [] { output_pool().after_fork(false); },
                    [] { output_pool().after_fork(true); });

@@ -29,6 +29,8 @@ cuda::Device& device_of(c10::DeviceIndex index) {
 
 class CudaBackend {
  public:
+  static constexpr bool kHostMemory = false;
+
   explicit CudaBackend(const at::Tensor& input)
       : device_(input.device()),
         guard_(device_),

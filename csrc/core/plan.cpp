@@ -15,10 +15,19 @@ constexpr std::int64_t kRowBytes = 4096;
 // than a second-level cache holds: fewer page walks, fewer restarts of the prefetchers. Units of
 // 10, 16 and 64 channels of 64x256x14x14 (0.5 to 3.2 MB) took 1.5, 1.25 and 0.92 ms
 // forward, 2.5, 2.0 and 1.6 backward (float32, AVX2, one thread).
+// Where an image has no such length for each thread, the threads share images instead, half of them
+// each: 512x8x27x28 took 1.16 and 0.82 ms forward, 1.46 and 1.23 backward, 64x16x28x28 125 and 102,
+// 210 and 180 us (float32, AVX2, two threads, after another operator).
 constexpr std::int64_t kRunBytes = 64 * 1024;
 // Columns are split for the last-level cache only into groups this wide. Groups of 256 bytes cost
 // more than the second pass from memory: 64x96x28x28 channels-last took 3.6 ms, unsplit 2.7.
 constexpr std::int64_t kGroupBytes = 2048;
+// Of few rows each thread has columns of its own, since the work for each channel and the waiting
+// for each other is then most of it. Rows shared and columns of one's own took, float32, AVX2, two
+// threads: 43 and 26 us forward, 30 and 20 backward for (28, 1912), 48 and 46, 92 and 72 for
+// (128, 2048), 44 and 36, 89 and 68 for (256, 1024), 95 and 105 forward for (512, 1024), 11 and 13
+// for (256, 128).
+constexpr std::int64_t kFewRows = 256;
 // Columns of a vector, and of whole bytes of the mask.
 constexpr std::int64_t kVector = 16;
 // Arithmetic: the double-precision sums of so many columns (64 KB) leave room in a second-level
@@ -64,6 +73,9 @@ constexpr int kGroupRows = 8;
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 
+// Half of a cache is what its contents can count on.
+std::int64_t budget(std::int64_t cache) { return cache / 2; }
+
 struct Planner {
   const Problem& p;
   const CacheSizes& caches;
@@ -71,13 +83,14 @@ struct Planner {
   bool masked;
   std::int64_t channel_bytes;  // of all tensors that a reduction reads
 
-  // Half of a cache is what its contents can count on.
-  std::int64_t l2_budget() const { return caches.l2 / 2; }
-  std::int64_t l3_budget() const { return caches.l3 / 2; }
+  std::int64_t l2_budget() const { return budget(caches.l2); }
+  std::int64_t l3_budget() const { return budget(caches.l3); }
   std::int64_t element() const { return size_of(p.dtype); }
 
+  // By the shape alone, since the mask that forward writes is laid out as folded rows have it; of
+  // those, each has whole bytes.
   std::int64_t fold() const {
-    if (masked || p.c >= kMinColumns) return 1;
+    if (p.c >= kMinColumns) return 1;
     const std::int64_t whole_vectors = kVector / std::gcd(kVector, p.c);
     const std::int64_t rows = whole_vectors * divide_up(kMinColumns, p.c * whole_vectors);
     return rows <= p.n * p.s ? rows : 1;
@@ -98,9 +111,14 @@ struct Planner {
     // Threads share rows rather than have narrow columns each, where one's prefetches seem to take
     // the lines that another writes: 8x256x14x14 in bfloat16, 256 bytes each, took 33 us and 41 or
     // 159.
+    const bool few_rows = threads > 1 && p.per_channel() <= std::min(kFewRows, p.c) &&
+                          p.c >= kMinColumns * threads;
     if (channel_bytes * wide <= l2_budget() && p.c >= wide * threads) {
       plan.cooperative = false;
       plan.unit_channels = wide;
+    } else if (few_rows) {
+      plan.cooperative = false;
+      plan.unit_channels = round_up(divide_up(p.c, threads), kLine);
     } else {
       // As many columns as the last-level cache keeps for the second pass; all of them where that
       // would be too narrow a group.
@@ -134,6 +152,12 @@ struct Planner {
         std::clamp<std::int64_t>(kFarRowBytes / (columns * element()), 1, kGroupRows));
   }
 
+  // Images so short that threads with channels of their own would be at each other's lines.
+  bool has_short_images(const CpuPlan& plan) const {
+    return plan.scheme == Scheme::kPlanes && threads > 1 && p.c <= kMaxKeptChannels &&
+           p.c * p.s * element() < threads * kRunBytes;
+  }
+
   CpuPlan planes() const {
     CpuPlan plan{Scheme::kPlanes, false, false, threads, 1, 1, 1};
     const std::int64_t wanted = std::min({divide_up(kRunBytes, p.s * element()),
@@ -150,7 +174,9 @@ struct Planner {
       plan.unit_channels = std::min(std::max(each, step), p.c);
     }
     const bool kept = channel_bytes * plan.unit_channels * threads <= l3_budget();
-    if (kept && balanced(divide_up(p.c, plan.unit_channels))) return plan;
+    if (kept && balanced(divide_up(p.c, plan.unit_channels)) && !has_short_images(plan)) {
+      return plan;
+    }
     plan.cooperative = true;
     if (plan.scheme == Scheme::kPlanes) {
       plan.unit_channels =
@@ -203,6 +229,30 @@ CpuPlan plan_cpu(const Problem& problem, Pass pass, bool masked, int threads,
   plan.group_rows = planner.group_rows(plan);
   apply(forced, problem, masked, &plan);
   return plan;
+}
+
+Traffic predict_traffic(const Problem& problem, Pass pass, const Operands& operands,
+                        const CpuPlan& plan, const CacheSizes& caches) {
+  const std::int64_t tensor = problem.numel() * size_of(problem.dtype);
+  const std::int64_t bits = operands.masked ? mask_rows(problem) * mask_row_bytes(problem) : 0;
+  const std::int64_t residual = operands.residual ? tensor : 0;
+  const std::int64_t written = operands.outputs * tensor;
+  // What is reduced; backward needs z, so what it is made of, too.
+  const bool backward = pass == Pass::kBackward;
+  const std::int64_t reduced = backward ? 2 * tensor + residual + bits : tensor;
+
+  Traffic traffic{Level::kNone, (backward ? 2 : 1) * tensor + residual + written + bits, 0};
+  traffic.predicted = traffic.compulsory;
+  if (pass != Pass::kEval && operands.outputs > 0) {
+    const std::int64_t unit = reduced / problem.c * plan.unit_channels;
+    const std::int64_t of_thread = plan.cooperative ? unit / plan.threads : unit;
+    traffic.second_reading = of_thread <= budget(caches.l2)                  ? Level::kL2
+                             : of_thread * plan.threads <= budget(caches.l3) ? Level::kL3
+                                                                             : Level::kMemory;
+    if (traffic.second_reading == Level::kMemory) traffic.predicted += reduced;
+  }
+  if (!plan.stream && traffic.compulsory > budget(caches.l3)) traffic.predicted += written;
+  return traffic;
 }
 
 }  // namespace batchnorm

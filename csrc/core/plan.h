@@ -46,4 +46,25 @@ struct PlanOverride {
 CpuPlan plan_cpu(const Problem& problem, Pass pass, bool masked, int threads,
                  const CacheSizes& caches, const PlanOverride& forced = {});
 
+// What a call reads and writes beside x, and in backward dy.
+struct Operands {
+  bool residual;
+  bool masked;
+  int outputs;  // 0: backward for the gradients of weight and bias alone
+};
+
+// Where a unit's data are when they are read for the second time.
+enum class Level : std::uint8_t { kNone, kL2, kL3, kMemory };
+
+// What a plan should cost where no cache holds any of the tensors before: for people, nothing is
+// decided by it.
+struct Traffic {
+  Level second_reading;         // kNone: there is none
+  std::int64_t compulsory;  // bytes that cross memory if everything does once
+  std::int64_t predicted;   // ... with what is read again, and lines that are read to be written
+};
+
+Traffic predict_traffic(const Problem& problem, Pass pass, const Operands& operands,
+                        const CpuPlan& plan, const CacheSizes& caches);
+
 }  // namespace batchnorm

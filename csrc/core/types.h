@@ -75,7 +75,8 @@ auto with_dtype(DType dtype, const Body& body) {
 // The 1-bit mask is a matrix of rows padded to whole bytes, so that no two threads share a byte:
 // a row is a plane (channels-first) or a row of channels (channels-last). Where planes are reduced
 // as columns (core/plan.h), an image's bits lie in its rows without the padding, and groups of 8
-// channels own whole bytes.
+// channels own whole bytes. On the CPU, where several short rows of channels are folded into one,
+// theirs lie without padding, too.
 inline std::int64_t mask_rows(const Problem& p) {
   return p.layout == Layout::kChannelsFirst ? p.n * p.c : p.n * p.s;
 }

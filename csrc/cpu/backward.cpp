@@ -90,8 +90,8 @@ class BackwardOperation {
   void set_input_terms(std::int64_t c, double dbias, double dweight, double n) {
     const double lost = a_.mean[c] - static_cast<double>(affine_.center[c]);
     const double slope = -a_.invstd[c] * dweight / n;
-    slope_[c] = static_cast<A>(slope);
-    offset_[c] = static_cast<A>(-dbias / n - lost * slope);
+    slope_[c] = for_kernels<A>(slope);
+    offset_[c] = for_kernels<A>(-dbias / n - lost * slope);
   }
 
   template <typename Value>

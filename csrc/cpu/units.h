@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <new>
 #include <vector>
 
@@ -59,9 +60,11 @@ class Geometry {
       return {g.begin * p_.s,           p_.n, p_.c * p_.s, g.count() * p_.s, g.begin * p_.s / 8,
               p_.c * mask_row_bytes(p_)};
     }
+    // The bits of a folded row follow each other without padding, too.
     const std::int64_t row = plan_.fold * p_.c;
-    return {g.begin,     p_.n * p_.s / plan_.fold, row, plan_.fold == 1 ? g.count() : row,
-            g.begin / 8, mask_row_bytes(p_)};
+    const bool folded = plan_.fold > 1;
+    return {g.begin,     p_.n * p_.s / plan_.fold,           row, folded ? row : g.count(),
+            g.begin / 8, folded ? row / 8 : mask_row_bytes(p_)};
   }
 
   // The rows of the tensor that do not fill a folded row: one row of fewer columns, or none.
@@ -69,7 +72,7 @@ class Geometry {
     if (planes() || plan_.fold == 1) return {0, 0, 0, 0, 0, 0};
     const std::int64_t left = p_.n * p_.s % plan_.fold;
     const std::int64_t whole = (p_.n * p_.s - left) * p_.c;
-    return {whole, left > 0 ? 1 : 0, 0, left * g.count(), 0, 0};
+    return {whole, left > 0 ? 1 : 0, 0, left * g.count(), whole / 8, 0};
   }
 
   // The columns of one channel (counted from the group's first) among cols.
@@ -86,7 +89,7 @@ class Geometry {
   std::int64_t rows_at_once(const Matrix& m, bool masked) const {
     constexpr std::int64_t kLongRun = 1024;
     const bool no_gap =
-        plan_.scheme == Scheme::kColumns && m.stride == m.cols && (!masked || p_.c % 8 == 0);
+        plan_.scheme == Scheme::kColumns && m.stride == m.cols && (!masked || m.cols % 8 == 0);
     return no_gap ? std::max<std::int64_t>(kLongRun / m.cols, 1) : 1;
   }
 
@@ -113,7 +116,7 @@ class Geometry {
                   1, (next - row) * m.stride});
       }
     }
-    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, 0, r.cols, 0, 1, 0});
+    if (r.rows > 0 && part.is_last()) visit(Run{r.offset, r.mask_offset, r.cols, 0, 1, 0});
   }
 
  private:
@@ -386,6 +389,13 @@ const A* per_column(const A* per_channel, const Geometry& geometry, const Channe
   return out;
 }
 
+// A value as kernels take it. Of the many that are nan, the one whose lower bits are zero: what has
+// others would not survive the rounding to bfloat16.
+template <typename A>
+A for_kernels(double value) {
+  return value != value ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(value);
+}
+
 // Per-channel parameters of z = (x - center) * scale + shift, and how kernels get at them.
 template <typename T>
 class AffineTable {
@@ -400,20 +410,20 @@ class AffineTable {
   // The mean's rounding error goes into shift.
   void set(std::int64_t c, double mean, double invstd, double weight, double bias) {
     const double slope = weight * invstd;
-    center[c] = static_cast<A>(mean);
-    scale[c] = static_cast<A>(slope);
-    shift[c] = static_cast<A>(bias + (static_cast<double>(center[c]) - mean) * slope);
+    center[c] = for_kernels<A>(mean);
+    scale[c] = for_kernels<A>(slope);
+    shift[c] = for_kernels<A>(bias + (static_cast<double>(center[c]) - mean) * slope);
   }
 
   // For all channels (runs), or for a unit's columns.
   ForwardParams<A> params(double activation_param) const {
-    return {center, scale, shift, static_cast<A>(activation_param)};
+    return {center, scale, shift, for_kernels<A>(activation_param)};
   }
   ForwardParams<A> params(double activation_param, const Geometry& geometry, const Channels& unit,
                           std::int64_t cols) const {
     return {per_column(center, geometry, unit, cols, kCenter),
             per_column(scale, geometry, unit, cols, kScale),
-            per_column(shift, geometry, unit, cols, kShift), static_cast<A>(activation_param)};
+            per_column(shift, geometry, unit, cols, kShift), for_kernels<A>(activation_param)};
   }
 
   A *center, *scale, *shift;

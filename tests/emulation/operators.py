@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from batchnorm_ext import _C
+from batchnorm_ext import _C, ops
 
 from .build import CACHE, HERE, ROOT, build
 
@@ -51,5 +51,6 @@ def use_emulated_cuda() -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     sys.modules["torch_emulated"] = module
+    ops._is_host_memory = lambda tensor: False  # what is emulated is a device's
     vars(_C).update(plan_cuda=module.plan_cuda, force_cuda_plan=module.force_cuda_plan)
     return module

@@ -43,6 +43,8 @@ cuda::Device& device() {
 }
 
 struct EmulatedBackend {
+  static constexpr bool kHostMemory = false;  // as on a device
+
   explicit EmulatedBackend(const at::Tensor&) {}
 
   at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {

@@ -346,9 +346,10 @@ struct Location {
   int mask_bit;
 };
 
-// Of element i in memory's order, where planes are reduced as columns or not.
-Location locate(const Problem& p, bool expanded, std::int64_t i) {
-  if (expanded) {
+// Of element i in memory's order.
+Location locate(const Problem& p, const CpuPlan& plan, std::int64_t i) {
+  if (plan.fold > 1) return {i % p.c, i / 8, static_cast<int>(i % 8)};
+  if (plan.scheme == batchnorm::Scheme::kExpanded) {
     const std::int64_t image = p.c * p.s, at = i % image;
     const std::int64_t row_bytes = p.c * batchnorm::mask_row_bytes(p);
     return {at / p.s, i / image * row_bytes + at / 8, static_cast<int>(at % 8)};
@@ -593,7 +594,7 @@ class Check {
   }
 
   Location location(std::int64_t i) const {
-    return locate(p_, plan(Pass::kForward, c_.mask).scheme == batchnorm::Scheme::kExpanded, i);
+    return locate(p_, plan(Pass::kForward, c_.mask), i);
   }
 
   bool expected_bit(const Input& in) const { return derivative_of(c_.activation, in.z, 0) == 1; }

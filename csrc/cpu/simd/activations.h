@@ -92,22 +92,47 @@ BN_INLINE Vec<A> sigmoid(const Vec<A>& z) {
 
 struct Identity {
   static constexpr bool kPiecewiseLinear = false;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A) {
     return z;
   }
 };
 
-// Piecewise linear: keeps(z) says where the derivative is 1; elsewhere it is rest().
+// What decides whether z, rounded to T, is above 0 and below 6: then z itself need not be rounded.
+template <typename T>
+struct Rounded {
+  static constexpr T kToZero = 0;  // the largest that rounds to 0
+  static constexpr T kToSix = 6;   // the least that rounds to 6
+};
+template <>
+struct Rounded<BFloat16> {
+#if BATCHNORM_HAS_BF16
+  static constexpr float kToZero = 0x0.fffffep-126f;  // the largest denormal
+#else
+  static constexpr float kToZero = 0x1p-134f;
+#endif
+  static constexpr float kToSix = 6 - 0x1p-6f;
+};
+template <>
+struct Rounded<Half> {
+  static constexpr float kToZero = 0x1p-25f;
+  static constexpr float kToSix = 6 - 0x1p-9f;
+};
+
+// Piecewise linear: of z as it would be stored. drops(z) says where the derivative is not 1;
+// there the gradient is dropped(). kOfRounded: z has to be rounded first; the value of others is
+// the same, rounded, from z itself.
 struct Relu {
   static constexpr bool kPiecewiseLinear = true;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A) {
     return select(z <= set1(A(0)), set1(A(0)), z);
   }
-  template <typename A>
-  BN_INLINE Lanes<A> drops(const Vec<A>& z) {
-    return z <= set1(A(0));
+  template <typename T>
+  BN_INLINE Lanes<Accumulate<T>> drops(const Vec<Accumulate<T>>& z) {
+    return z <= set1(Rounded<T>::kToZero);
   }
   template <typename A>
   BN_INLINE Vec<A> dropped(const Vec<A>&, A) {
@@ -117,14 +142,15 @@ struct Relu {
 
 struct Relu6 {
   static constexpr bool kPiecewiseLinear = true;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A) {
     const Vec<A> low = select(z <= set1(A(0)), set1(A(0)), z);
     return select(low >= set1(A(6)), set1(A(6)), low);
   }
-  template <typename A>
-  BN_INLINE Lanes<A> drops(const Vec<A>& z) {
-    return (z <= set1(A(0))) | (z >= set1(A(6)));
+  template <typename T>
+  BN_INLINE Lanes<Accumulate<T>> drops(const Vec<Accumulate<T>>& z) {
+    return (z <= set1(Rounded<T>::kToZero)) | (z >= set1(Rounded<T>::kToSix));
   }
   template <typename A>
   BN_INLINE Vec<A> dropped(const Vec<A>&, A) {
@@ -134,13 +160,14 @@ struct Relu6 {
 
 struct LeakyRelu {
   static constexpr bool kPiecewiseLinear = true;
+  static constexpr bool kOfRounded = true;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A slope) {
     return select(z > set1(A(0)), z, z * set1(slope));
   }
-  template <typename A>
-  BN_INLINE Lanes<A> drops(const Vec<A>& z) {
-    return ~(z > set1(A(0)));  // nan too
+  template <typename T>
+  BN_INLINE Lanes<Accumulate<T>> drops(const Vec<Accumulate<T>>& z) {
+    return ~(z > set1(Accumulate<T>(0)));  // nan too
   }
   template <typename A>
   BN_INLINE Vec<A> dropped(const Vec<A>& dy, A slope) {
@@ -150,6 +177,7 @@ struct LeakyRelu {
 
 struct Elu {
   static constexpr bool kPiecewiseLinear = false;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A alpha) {
     const Vec<A> negative = set1(alpha) * expm1_negative(select(z > set1(A(0)), set1(A(0)), z));
@@ -163,6 +191,7 @@ struct Elu {
 
 struct Silu {
   static constexpr bool kPiecewiseLinear = false;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A) {
     return z / (set1(A(1)) + exp(set1(A(0)) - z));
@@ -176,6 +205,7 @@ struct Silu {
 
 struct Gelu {
   static constexpr bool kPiecewiseLinear = false;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A) {
     return z * normal_cdf(z);
@@ -190,6 +220,7 @@ struct Gelu {
 // 0.5 (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3).
 struct GeluTanh {
   static constexpr bool kPiecewiseLinear = false;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A) {
     return z * sigmoid(twice_u(z));
@@ -214,6 +245,7 @@ struct GeluTanh {
 
 struct Hardswish {
   static constexpr bool kPiecewiseLinear = false;
+  static constexpr bool kOfRounded = false;
   template <typename A>
   BN_INLINE Vec<A> value(const Vec<A>& z, A) {
     const Vec<A> low = select(z <= set1(A(-3)), set1(A(0)), z + set1(A(3)));

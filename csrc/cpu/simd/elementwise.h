@@ -41,7 +41,7 @@ BN_INLINE Vec<Accumulate<T>> pre_activation(const Vec<Accumulate<T>>& centered,
                                             int lanes, bool partial) {
   Vec<Accumulate<T>> z = fma(centered, affine.scale, affine.shift);
   if (residual) z = z + (partial ? load(residual, lanes) : load(residual));
-  if constexpr (Act::kPiecewiseLinear) return round_to<T>(z);
+  if constexpr (Act::kOfRounded) return round_to<T>(z);
   return z;
 }
 
@@ -72,7 +72,7 @@ BN_INLINE Vec<Accumulate<T>> activation_gradient(const Vec<Accumulate<T>>& dy,
       return select(from_bits<A>(read_bits<A>(mask, at, lanes)), dy, Act::dropped(dy, param));
     }
     const Vec<A> z = pre_activation<T, Act>(centered, affine, residual, lanes, partial);
-    return select(Act::drops(z), Act::dropped(dy, param), dy);
+    return select(Act::template drops<T>(z), Act::dropped(dy, param), dy);
   } else if constexpr (__is_same(Act, Identity)) {
     return dy;
   } else {
@@ -95,7 +95,7 @@ BN_INLINE void forward_vector(const ForwardSpan<T>& s, const Affine<Accumulate<T
   const Vec<A> z = pre_activation<T, Act>(x - affine.center, affine,
                                           s.residual ? s.residual + at : nullptr, lanes, kPartial);
   if constexpr (Act::kPiecewiseLinear) {
-    if (s.mask) write_bits<A>(s.mask, at, lanes, ~to_bits(Act::drops(z)));
+    if (s.mask) write_bits<A>(s.mask, at, lanes, ~to_bits(Act::template drops<T>(z)));
   }
   const Vec<A> y = Act::value(z, param);
   if constexpr (kPartial) {
@@ -135,10 +135,16 @@ BN_INLINE void forward_run(const ForwardSpan<T> s, const ForwardParams<Accumulat
   const bool stream = s.stream && is_aligned(s.y);
   const Affine<A> shared = affine_at<false>(p, 0, 0, false);
   std::int64_t at = 0;
+  if (!kPerColumn && kCheap<Act> && !s.residual && !s.mask && !stream) {
+    const ForwardSpan<T> plain{s.x, nullptr, s.y, nullptr, s.length, 1, 0, false};
+    for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
+      forward_vector<T, Act, false>(plain, shared, p.activation_param, at, kLanes<A>, false);
+    }
+  }
 #pragma GCC unroll kUnroll
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
     const Affine<A> affine = kPerColumn ? affine_at<kPerColumn>(p, at & step, 0, false) : shared;
-    __builtin_prefetch(s.x + at + s.ahead);
+    if constexpr (kPerColumn) __builtin_prefetch(s.x + at + s.ahead);
     forward_vector<T, Act, false>(s, affine, p.activation_param, at, kLanes<A>, stream);
   }
   if (at == s.length) return;
@@ -234,11 +240,19 @@ BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumu
   const Vec<A> shared_slope = p.slope ? set1(p.slope[0]) : zero;
   const Vec<A> shared_offset = p.slope ? set1(p.offset[0]) : zero;
   std::int64_t at = 0;
+  if (!kPerColumn && kCheap<Act> && p.slope && s.dx && !s.dresidual && !s.residual && !s.mask &&
+      !stream) {
+    const BackwardSpan<T> plain{s.x, s.dy, nullptr, nullptr, s.dx, nullptr, s.length, 1, 0, false};
+    for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
+      backward_vector<T, Act, false, false>(plain, p, shared, shared_slope, shared_offset, at,
+                                            kLanes<A>, false);
+    }
+  }
 #pragma GCC unroll kUnroll
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
-    __builtin_prefetch(s.x + at + s.ahead);
-    __builtin_prefetch(s.dy + at + s.ahead);
     if constexpr (kPerColumn) {
+      __builtin_prefetch(s.x + at + s.ahead);
+      __builtin_prefetch(s.dy + at + s.ahead);
       const std::int64_t column = at & step;
       backward_vector<T, Act, true, false>(s, p, affine_at<true>(p.forward, column, 0, false),
                                            p.slope ? load(p.slope + column) : zero,
