@@ -6,6 +6,7 @@ No torch here: the command line reads the choices from this page before torch is
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -172,6 +173,28 @@ _QUICK = [
 ]
 _QUICK_1D = [Shape("batchnorm1d", (50_000, 64))]
 _SMOKE = [Shape("edge", (2, 512, 7, 7)), Shape("edge", (32, 17, 28, 28))]
+
+
+def drawn_blocks(count: int, seed: int = 0) -> list[Block]:
+    """Single groups by chance, of 4 K to 4 M elements: sizes that no network has, and that no
+    threshold was chosen by. The same for a seed."""
+    draw = random.Random(seed)
+
+    def size(powers: int) -> int:
+        return draw.choice((draw.randint(1, 70), 2 ** draw.randint(0, powers)))
+
+    blocks: list[Block] = []
+    while len(blocks) < count:
+        height = size(7)
+        shape = Shape("drawn", (size(9), size(11), height, draw.choice((height, 1, size(6)))))
+        choices = tuple((draw.choice(c),) for c in (shape.layouts, DTYPES[:3], OPS))
+        values = shape.numel // shape.sizes[1]
+        if 2**12 <= shape.numel <= 2**22 and values > 1:
+            layouts, dtypes, ops = choices
+            blocks.append(Block([shape], layouts, dtypes, ops))
+    return blocks
+
+
 # A GPU's batch size: ResNet-50 as it is trained, and what lies at the edges. torch.compile takes
 # longest, so it comes last; its groups are others, since no group is measured twice.
 _GPU = _images("resnet50", 128, RESNET50_PLANES)
@@ -204,6 +227,7 @@ PRESETS = {
         host_rounds=31,
         all_thread_counts=True,
     ),
+    "drawn": Preset(drawn_blocks(250), budget_s=200.0, rounds=(FEWEST_ROUNDS, 31), host_rounds=15),
     "gpu": Preset(
         [
             # By value: whatever ends the run, the first blocks are what it should have measured.

@@ -115,6 +115,16 @@ def test_the_rule_rarely_claims_a_difference_between_equals() -> None:
     assert all(preset.rounds[0] >= shapes.FEWEST_ROUNDS for preset in shapes.PRESETS.values())
 
 
+def test_drawn_shapes_are_the_same_each_time_and_of_every_kind() -> None:
+    blocks = shapes.drawn_blocks(250)
+    assert blocks == shapes.drawn_blocks(250) != shapes.drawn_blocks(250, seed=1)
+    groups = [group for block in blocks for group in block.groups([1])]
+    assert len(groups) == 250
+    assert all(2**12 <= group.shape.numel <= 2**22 for group in groups)
+    kinds = {(group.layout, group.dtype, group.op) for group in groups}
+    assert len(kinds) == len(shapes.LAYOUTS) * 3 * len(shapes.OPS)
+
+
 def test_a_slow_result_is_shown_as_slow() -> None:
     assert str(Ratio.of(stats(1.0), stats(2.0))) == "0.50x"
 

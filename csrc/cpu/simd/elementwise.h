@@ -135,12 +135,6 @@ BN_INLINE void forward_run(const ForwardSpan<T> s, const ForwardParams<Accumulat
   const bool stream = s.stream && is_aligned(s.y);
   const Affine<A> shared = affine_at<false>(p, 0, 0, false);
   std::int64_t at = 0;
-  if (!kPerColumn && kCheap<Act> && !s.residual && !s.mask && !stream) {
-    const ForwardSpan<T> plain{s.x, nullptr, s.y, nullptr, s.length, 1, 0, false};
-    for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
-      forward_vector<T, Act, false>(plain, shared, p.activation_param, at, kLanes<A>, false);
-    }
-  }
 #pragma GCC unroll kUnroll
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
     const Affine<A> affine = kPerColumn ? affine_at<kPerColumn>(p, at & step, 0, false) : shared;
@@ -186,19 +180,26 @@ static void forward_columns(const ForwardSpan<T>& s, const ForwardParams<Accumul
   }
 }
 
-// Runs of which each has the next channel's.
 template <typename T, typename Act>
-static void forward_channels(const ForwardSpan<T>& span,
-                             const ForwardParams<Accumulate<T>>& params) {
-  ForwardSpan<T> s = span;
-  ForwardParams<Accumulate<T>> p = params;
-  for (std::int64_t run = 0; run < span.runs; ++run) {
+BN_INLINE void forward_each_channel(ForwardSpan<T> s, ForwardParams<Accumulate<T>> p) {
+  for (std::int64_t run = 0; run < s.runs; ++run) {
     forward_run_of_channel<T, Act>(s, p);
     s.x += s.length;
     s.residual = advance(s.residual, s.length);
     s.y += s.length;
     s.mask = advance(s.mask, mask_bytes(s.length));
     p = next_channel(p);
+  }
+}
+
+// Runs of which each has the next channel's. Most have nothing but x and y: code for them alone,
+// which asks for nothing else at each vector, takes 0.8 of the time (float16, AVX2, in a cache).
+template <typename T, typename Act>
+static void forward_channels(const ForwardSpan<T>& s, const ForwardParams<Accumulate<T>>& p) {
+  if (kCheap<Act> && !s.residual && !s.mask && !s.stream) {
+    forward_each_channel<T, Act>({s.x, nullptr, s.y, nullptr, s.length, s.runs, 0, false}, p);
+  } else {
+    forward_each_channel<T, Act>(s, p);
   }
 }
 
@@ -240,14 +241,6 @@ BN_INLINE void backward_run(const BackwardSpan<T> s, const BackwardParams<Accumu
   const Vec<A> shared_slope = p.slope ? set1(p.slope[0]) : zero;
   const Vec<A> shared_offset = p.slope ? set1(p.offset[0]) : zero;
   std::int64_t at = 0;
-  if (!kPerColumn && kCheap<Act> && p.slope && s.dx && !s.dresidual && !s.residual && !s.mask &&
-      !stream) {
-    const BackwardSpan<T> plain{s.x, s.dy, nullptr, nullptr, s.dx, nullptr, s.length, 1, 0, false};
-    for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
-      backward_vector<T, Act, false, false>(plain, p, shared, shared_slope, shared_offset, at,
-                                            kLanes<A>, false);
-    }
-  }
 #pragma GCC unroll kUnroll
   for (; at + kLanes<A> <= s.length; at += kLanes<A>) {
     if constexpr (kPerColumn) {
@@ -311,11 +304,8 @@ static void backward_columns(const BackwardSpan<T>& s, const BackwardParams<Accu
 }
 
 template <typename T, typename Act>
-static void backward_channels(const BackwardSpan<T>& span,
-                              const BackwardParams<Accumulate<T>>& params) {
-  BackwardSpan<T> s = span;
-  BackwardParams<Accumulate<T>> p = params;
-  for (std::int64_t run = 0; run < span.runs; ++run) {
+BN_INLINE void backward_each_channel(BackwardSpan<T> s, BackwardParams<Accumulate<T>> p) {
+  for (std::int64_t run = 0; run < s.runs; ++run) {
     backward_run_of_channel<T, Act>(s, p);
     s.x += s.length;
     s.dy += s.length;
@@ -326,5 +316,16 @@ static void backward_channels(const BackwardSpan<T>& span,
     p.forward = next_channel(p.forward);
     p.slope = advance(p.slope, 1);
     p.offset = advance(p.offset, 1);
+  }
+}
+
+template <typename T, typename Act>
+static void backward_channels(const BackwardSpan<T>& s, const BackwardParams<Accumulate<T>>& p) {
+  const bool plain = p.slope && s.dx && !s.dresidual && !s.residual && !s.mask && !s.stream;
+  if (kCheap<Act> && plain) {
+    backward_each_channel<T, Act>(
+        {s.x, s.dy, nullptr, nullptr, s.dx, nullptr, s.length, s.runs, 0, false}, p);
+  } else {
+    backward_each_channel<T, Act>(s, p);
   }
 }

@@ -171,6 +171,12 @@ BN_INLINE PartialSums<A> sums_of_run(std::int64_t length, const Visit& visit) {
   return sums[0];
 }
 
+// Of a run's last whole vector, the lanes that the one before has too.
+template <typename A>
+BN_INLINE Lanes<A> lanes_before(std::int64_t length) {
+  return first_lanes<A>(kLanes<A> - static_cast<int>(length % kLanes<A>));
+}
+
 template <typename A>
 BN_INLINE void keep(const PartialSums<A>& sums, A* kept) {
   store(kept, load(kept) + sums.first);
@@ -192,6 +198,7 @@ static void run_moments(const T* x, std::int64_t length, std::int64_t runs,
                         const Shift<Accumulate<T>>& shift, Accumulate<T>* kept) {
   using A = Accumulate<T>;
   const Vec<A> scale = set1(shift.scale);
+  const Lanes<A> known = lanes_before<A>(length);
   for (std::int64_t run = 0; run < runs; ++run, x += length, kept += 2 * kLanes<A>) {
     const Vec<A> origin = set1(-shift.values[run] * shift.scale);
     const auto sums = sums_of_run<4, A>(
@@ -200,7 +207,7 @@ static void run_moments(const T* x, std::int64_t length, std::int64_t runs,
           Vec<A> d;
           if (kPartial && length >= kLanes<A>) {  // cheaper than a part of a vector
             d = fma(load(x + length - kLanes<A>), scale, origin);
-            d = select(~first_lanes<A>(kLanes<A> - lanes), d, set1(A(0)));
+            d = select(known, set1(A(0)), d);
           } else {
             d = fma(load_some<kPartial>(x + at, lanes), scale, origin);
             if constexpr (kPartial) d = select(first_lanes<A>(lanes), d, set1(A(0)));

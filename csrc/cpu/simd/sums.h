@@ -1,12 +1,12 @@
 // What backward reduces: sum(dz) and sum(dz * (x - center)), of columns and of runs. Included like
 // vec.h, after moments.h (how rows are walked) and elementwise.h (how dz is computed).
 
-// counted: how many of a whole vector's lanes, the last ones, are not in the sums yet.
+// known: lanes of a whole vector that are in the sums already, or null.
 template <typename T, typename Act, bool kPartial>
 BN_INLINE void add_gradient(const T* x, const T* dy, const T* residual, const std::uint8_t* mask,
                             std::int64_t at, int lanes, const Affine<Accumulate<T>>& affine,
                             Accumulate<T> param, PartialSums<Accumulate<T>>* sums,
-                            int counted = kLanes<Accumulate<T>>) {
+                            const Lanes<Accumulate<T>>* known = nullptr) {
   using A = Accumulate<T>;
   const Vec<A> dy_here = load_some<kPartial>(dy + at, lanes);
   Vec<A> centered = load_some<kPartial>(x + at, lanes) - affine.center;
@@ -17,10 +17,9 @@ BN_INLINE void add_gradient(const T* x, const T* dy, const T* residual, const st
     dz = select(first_lanes<A>(lanes), dz, set1(A(0)));
     centered = select(first_lanes<A>(lanes), centered, set1(A(0)));
   }
-  if (counted < kLanes<A>) {
-    const Lanes<A> again = first_lanes<A>(kLanes<A> - counted);
-    dz = select(again, set1(A(0)), dz);
-    centered = select(again, set1(A(0)), centered);
+  if (known) {
+    dz = select(*known, set1(A(0)), dz);
+    centered = select(*known, set1(A(0)), centered);
   }
   sums->first = sums->first + dz;
   sums->second = fma(dz, centered, sums->second);
@@ -66,13 +65,14 @@ static void run_sums(const BackwardSpan<T>& span, const ForwardParams<Accumulate
   constexpr int kVectors = kCheap<Act> ? 4 : 1;
   BackwardSpan<T> s = span;
   ForwardParams<A> p = params;
+  const Lanes<A> known = lanes_before<A>(s.length);
   for (std::int64_t run = 0; run < span.runs; ++run) {
     const Affine<A> affine = affine_at<false>(p, 0, 0, false);
     const auto sums = sums_of_run<kVectors, A>(
         s.length, [&](PartialSums<A>* sum, std::int64_t at, int lanes, auto partial) BN_LAMBDA {
           if (partial.value && can_overlap<A>(s)) {
             add_gradient<T, Act, false>(s.x, s.dy, s.residual, s.mask, s.length - kLanes<A>,
-                                        kLanes<A>, affine, p.activation_param, sum, lanes);
+                                        kLanes<A>, affine, p.activation_param, sum, &known);
           } else {
             add_gradient<T, Act, partial.value>(s.x, s.dy, s.residual, s.mask, at, lanes, affine,
                                                 p.activation_param, sum);
