@@ -41,7 +41,7 @@ def tell_inductor() -> None:
 
 
 def _constrain(node: fx.Node, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a call, in the strides that eager mode has where a mask's shape says them."""
+    """The arguments of a call, in eager mode's strides where a mask has the shape of those."""
     if not _has_shaped_mask(node) or "eager_input_vals" not in node.meta:
         return args, kwargs
     from torch._inductor.lowering import constrain_to_fake_tensors

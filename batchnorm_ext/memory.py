@@ -3,9 +3,8 @@
 torch gives every large block back to the operating system when its tensor is gone, and the next one
 is cleared page by page before an operator may write to it: as long as a batch norm takes, and more.
 This package keeps the blocks of its own outputs in training and of gradients, from 128 KiB on, for
-the next call. With what is in
-use, what is kept is never more than what was in use at once during the last one to two thousand
-calls. The names are those of `torch.cuda`.
+the next call. With what is in use, what is kept is never more than what was in use at once during
+the last one to two thousand calls. The names are those of `torch.cuda`.
 
 The environment variable `BATCHNORM_EXT_CPU_CACHE` is a first limit, in bytes, read at import; 0
 turns it all off. It is off, too, where another allocator was chosen for the process: jemalloc,
@@ -77,7 +76,8 @@ def _read_environment() -> None:
         return
     if not setting.isdecimal():
         raise ValueError(
-            f"BATCHNORM_EXT_CPU_CACHE should be a number of bytes such as 1000000000, got {setting!r}"
+            f"BATCHNORM_EXT_CPU_CACHE should be a number of bytes such as 1000000000, but got "
+            f"{setting!r}"
         )
     set_cache_limit(min(int(setting), 2**63 - 1))
 

@@ -97,9 +97,9 @@ def plan_of(arguments: argparse.Namespace) -> _C.CudaPlan:
 
 def cpu_plan_of(arguments: argparse.Namespace) -> _C.Plan:
     """The plan that these options ask for, on the CPU."""
-    *sizes, op = _call(arguments)
+    layout, dtype, n, c, s, op = _call(arguments)
     threads = arguments.threads or torch.get_num_threads()
-    return _C.plan(*sizes, threads, op, **_operands(arguments))
+    return _C.plan(layout, dtype, n, c, s, threads, op, **_operands(arguments))
 
 
 def _call(arguments: argparse.Namespace) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """Networks with batch norm in plain torch, whose whole training steps are measured.
 
-Layers and widths are those of the papers that the docstrings name, heads and initialisation torch's.
+Layers and widths are those of the papers that are named, heads and initialisation torch's.
 """
 
 from __future__ import annotations

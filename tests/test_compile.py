@@ -293,8 +293,8 @@ class _Block(nn.Module):
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_no_copies_between_convolutions(training: bool, residual: bool) -> None:
-    """What is generated for a layer is a copy of the convolution's weight alone, and with a residual
-    the sum of its input's two gradients."""
+    """What is generated for a layer is a copy of the convolution's weight, and with a residual the
+    sum of its input's two gradients."""
 
     def generated(depth: int) -> int:
         model = nn.Sequential(*(_Block(residual) for _ in range(depth))).train(training)

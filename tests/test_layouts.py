@@ -121,9 +121,8 @@ def test_a_mask_of_another_call_is_refused() -> None:
     mean, invstd = torch.zeros(9, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
 
     def backward(mask: Tensor) -> None:
-        operators.backward(
-            *(x, x, None, None, None, mean, invstd, mask, False, "relu", 0.0, [True] * 2 + [False] * 2)
-        )
+        wanted = [True, True, False, False]
+        operators.backward(x, x, None, None, None, mean, invstd, mask, False, "relu", 0.0, wanted)
 
     rest = (None, None, None, mean.float(), invstd.float(), 1e-5, "relu", 0.0, True)
     _, right = operators.forward_eval(x, *rest)

@@ -144,27 +144,33 @@ def test_the_command_for_the_cpu_as_json(capsys: pytest.CaptureFixture[str]) -> 
     assert found == _C.plan("channels_first", "float32", 2, 64, 25, 2, "backward")
 
 
+def _plan(sizes: tuple[Any, ...], op: str, **operands: Any) -> _C.Plan:
+    layout, dtype, n, c, s = sizes
+    return _C.plan(layout, dtype, n, c, s, 2, op, **operands)
+
+
 def test_bytes_on_the_cpu() -> None:
     """What is read and written is counted, what is read again where no cache holds it."""
     small: tuple[Any, ...] = ("channels_last", "float32", 16, 64, 49)
     large: tuple[Any, ...] = ("channels_last", "float32", 2**23, 64, 9)
     for sizes in (small, large):
         tensor = math.prod(sizes[2:]) * 4
-        for op, operands, tensors in [
+        cases: list[tuple[str, dict[str, Any], int]] = [
             ("forward", {}, 2),
             ("forward", {"residual": True}, 3),
             ("eval", {"residual": True}, 3),
             ("backward", {}, 3),
             ("backward", {"outputs": 2, "residual": True}, 5),
-        ]:
-            plan = _C.plan(*sizes, 2, op, **operands)
+        ]
+        for op, operands, tensors in cases:
+            plan = _plan(sizes, op, **operands)
             assert plan["compulsory_bytes"] == tensors * tensor
             again = 0 if sizes == small or op == "eval" else tensors - operands.get("outputs", 1)
             again -= op == "forward" and "residual" in operands and again > 0
             assert plan["predicted_bytes"] == (tensors + again) * tensor, (op, operands, plan)
             level = plan["second_reading"]
             assert level == ("none" if op == "eval" else "L2" if sizes == small else "memory")
-    masked = _C.plan(*small, 2, "forward", masked=True, residual=True)
+    masked = _plan(small, "forward", masked=True, residual=True)
     tensor = math.prod(small[2:]) * 4
     assert masked["compulsory_bytes"] == 3 * tensor + tensor // 4 // 8
 

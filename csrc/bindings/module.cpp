@@ -75,8 +75,7 @@ py::dict plan(const std::string& layout, const std::string& dtype, std::int64_t 
   const Pass pass = pass_from(op);
   const CacheSizes& caches = cpu::cache_sizes();
   const CpuPlan plan = plan_cpu(problem, pass, masked, threads, caches, plan_override());
-  const Traffic traffic =
-      predict_traffic(problem, pass, {residual, masked, outputs}, plan, caches);
+  const Traffic traffic = predict_traffic(problem, pass, {residual, masked, outputs}, plan, caches);
   py::dict result;
   result["scheme"] = kSchemeNames[static_cast<int>(plan.scheme)];
   result["cooperative"] = plan.cooperative;

@@ -297,9 +297,10 @@ template <typename Backend>
 at::Tensor in_layout_of_mask(const at::Tensor& x, const at::Tensor& mask) {
   check_device(mask, x, "mask");
   const auto refuse = [&](const Problem& p) {
-    TORCH_CHECK(false, "mask should be what the forward pass returned for this input, contiguous uint8 of ",
-                at::IntArrayRef(mask_shape<Backend>(p)), ", but got ", mask.scalar_type(), " of ",
-                mask.sizes());
+    TORCH_CHECK(
+        false, "mask should be what the forward pass returned for this input, contiguous uint8 of ",
+        at::IntArrayRef(mask_shape<Backend>(p)), ", but got ", mask.scalar_type(), " of ",
+        mask.sizes());
   };
   if (mask.scalar_type() != at::kByte || !mask.is_contiguous()) refuse(problem_of(x));
   const Layout layout = layout_of_mask<Backend>(mask);
@@ -328,8 +329,8 @@ inline ChannelValues values_of(const at::Tensor& gradient, bool wanted, const ch
   return wanted ? channel_values(gradient.view(-1), name) : ChannelValues{};
 }
 
-// Where no input was saved, the gradient of the output stands in for it: of its shape and dtype, and
-// nothing depends on its values.
+// Where no input was saved, the gradient of the output stands in for it: of its shape and dtype,
+// and nothing depends on its values.
 inline void check_absent_input(const at::Tensor& grad_output, bool masked, bool training,
                                Activation activation, bool needs_dweight) {
   check_rank(grad_output);

@@ -59,7 +59,7 @@ enum class Level : std::uint8_t { kNone, kL2, kL3, kMemory };
 // What a plan should cost where no cache holds any of the tensors before: for people, nothing is
 // decided by it.
 struct Traffic {
-  Level second_reading;         // kNone: there is none
+  Level second_reading;     // kNone: there is none
   std::int64_t compulsory;  // bytes that cross memory if everything does once
   std::int64_t predicted;   // ... with what is read again, and lines that are read to be written
 };

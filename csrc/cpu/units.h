@@ -63,7 +63,8 @@ class Geometry {
     // The bits of a folded row follow each other without padding, too.
     const std::int64_t row = plan_.fold * p_.c;
     const bool folded = plan_.fold > 1;
-    return {g.begin,     p_.n * p_.s / plan_.fold,           row, folded ? row : g.count(),
+    return {g.begin,     p_.n * p_.s / plan_.fold,
+            row,         folded ? row : g.count(),
             g.begin / 8, folded ? row / 8 : mask_row_bytes(p_)};
   }
 

@@ -593,9 +593,7 @@ class Check {
     if (c_.mask) expect_mask(mask, mean_, invstd_);
   }
 
-  Location location(std::int64_t i) const {
-    return locate(p_, plan(Pass::kForward, c_.mask), i);
-  }
+  Location location(std::int64_t i) const { return locate(p_, plan(Pass::kForward, c_.mask), i); }
 
   bool expected_bit(const Input& in) const { return derivative_of(c_.activation, in.z, 0) == 1; }
 

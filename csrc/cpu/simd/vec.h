@@ -335,9 +335,8 @@ BN_INLINE Vec<Accumulate<T>> load(const T* from) {
 // Both parts of a vector at once: half the instructions, and one store.
 BN_INLINE __m256i narrow(const Vec<float>& v, BFloat16) {
   // packus takes the quarters of both parts in turns.
-  const __m256i quarters =
-      _mm256_packus_epi32((__m256i)(rounded_above(v.part[0]) >> 16),
-                          (__m256i)(rounded_above(v.part[1]) >> 16));
+  const __m256i quarters = _mm256_packus_epi32((__m256i)(rounded_above(v.part[0]) >> 16),
+                                               (__m256i)(rounded_above(v.part[1]) >> 16));
   return _mm256_permute4x64_epi64(quarters, 0xd8);
 }
 #endif
