@@ -229,6 +229,33 @@ def _range(ratios: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def networks(results: list[Result]) -> str:
+    """Steps of whole networks, and of what they consist beside convolutions and matrix products."""
+    texts = []
+    for preset in ("networks", "networks-compiled"):
+        rows = []
+        for row in (row for result in of(results, preset) for row in result["networks"]):
+            torchs = _outside_products(row, "torch")
+            cells = [f"{1e3 * row['timings']['torch']['median']:.0f} ms", f"{1e3 * torchs:.0f} ms"]
+            for way in ("converted", "fused"):
+                speedup = row["speedup"][way]
+                cells.append(times(speedup["ratio"], speedup["decided"]))
+                cells.append(f"{_outside_products(row, way) / torchs:.2f}")
+            words = (row["network"], LAYOUTS[row["layout"]], row["dtype"])
+            rows.append([*words, *cells])
+        heads = ("step", "of it outside products")
+        more = ("converted", "outside products", "fused", "outside products")
+        head = ["", "", "", *(f"torch's {name}" for name in heads), *more]
+        title = "Compiled" if preset.endswith("compiled") else "Eager"
+        made = table(head, rows, 3)
+        texts += [f"{title}:", made, sources(of(results, preset))]
+    return "\n\n".join(texts)
+
+
+def _outside_products(row: dict[str, Any], way: str) -> float:
+    return sum(s for kind, s in row["operators"][way].items() if kind != "products")
+
+
 def small_calls(results: list[Result]) -> str:
     """The time of a module's call that has next to nothing to compute."""
     found = of(results, "resnet50")
@@ -259,6 +286,6 @@ FIGURES: dict[str, Callable[[list[Result]], str]] = {
     function.__name__: function
     for function in (
         *(bars, slowest, resnet50, shapes, fused),
-        *(training, penalty, small_calls, kept),
+        *(training, networks, penalty, small_calls, kept),
     )
 }
