@@ -140,10 +140,8 @@ def measure_network(
     model, x = prepared(NETWORKS[network], layout)
     calls = {}
     for name, way in WAYS.items():
-        candidate = way(copy.deepcopy(model))
-        if compiled:
-            candidate.compile()
-        calls[name] = step(candidate, x, dtype)
+        candidate: Any = way(copy.deepcopy(model))
+        calls[name] = step(torch.compile(candidate) if compiled else candidate, x, dtype)
     with compiled_anew() if compiled else contextlib.nullcontext():
         timings = interleave(calls, budget_s=0, rounds=(rounds, rounds))
         operators = medians(calls)

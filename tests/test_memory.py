@@ -71,9 +71,12 @@ def test_small_outputs_are_torchs() -> None:
 
 
 def test_inference_has_torchs_memory() -> None:
+    """But for what the C library maps anew each time."""
     before = memory.memory_stats()
     y = batch_norm(torch.zeros(MIB, 1), torch.zeros(1), torch.ones(1))
     assert memory.memory_stats() == before and y.nbytes == 4 * MIB
+    large = batch_norm(torch.zeros(8 * MIB, 1), torch.zeros(1), torch.ones(1))
+    assert memory.memory_stats().in_use - before.in_use >= large.nbytes == 32 * MIB
 
 
 def test_gradients_and_layouts_come_from_it() -> None:

@@ -31,13 +31,8 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& b
 constexpr std::size_t kFromPool = 128 << 10;
 
 // From here on glibc maps each block anew, whatever it has seen freed. Smaller ones are often there
-// already, and asking takes longer than it gains: eval of float32 4x256x56x56 had 0.88 of torch's
-// speed with it, 1.04 without; beyond, 3 to 5 times and 1.0.
+// already, and asking for huge pages takes longer than it gains (docs/decisions/0004).
 constexpr std::size_t kMappedAnew = 32 << 20;
-
-void ask_for_huge_pages(void* memory, std::size_t bytes) {
-  if (bytes >= kMappedAnew) cpu::ask_for_huge_pages(memory, bytes);
-}
 
 // What resize_, share_memory_ and their like do to an output's memory goes through here, too.
 struct PoolAllocator final : c10::Allocator {
@@ -56,7 +51,7 @@ struct PoolAllocator final : c10::Allocator {
   // With torch's error where there is no memory.
   static c10::DataPtr from_torch(std::size_t bytes) {
     c10::DataPtr block = c10::GetCPUAllocator()->allocate(bytes);
-    ask_for_huge_pages(block.get(), bytes);
+    if (bytes >= kMappedAnew) cpu::ask_for_huge_pages(block.get(), bytes);
     return block;
   }
   static void release(void* memory) {
@@ -86,12 +81,13 @@ struct CpuBackend {
     return at::Tensor(at::detail::empty_cpu(sizes, dtype));
   }
   // Of inference, whose output is soon gone: in what another operator has just freed, and left in a
-  // cache. From the pool, a ResNet-50 in eval mode takes 1.01 to 1.02 of the time.
+  // cache. From the pool, a ResNet-50 in eval mode takes 1.01 to 1.02 of the time. Outputs that no
+  // cache holds are mapped anew, though: (12, 64, 112, 112) took 2.2 to 3.5 ms, from the pool 1.0
+  // to 1.6.
   at::Tensor empty_passing(const at::Tensor& like) const {
-    at::Tensor output(
+    if (like.nbytes() >= kMappedAnew) return empty_output(like);
+    return at::Tensor(
         at::detail::empty_strided_cpu(like.sizes(), like.strides(), like.scalar_type()));
-    ask_for_huge_pages(output.data_ptr(), output.nbytes());
-    return output;
   }
   at::Tensor empty_output(const at::Tensor& like) const {
     static PoolAllocator allocator;
