@@ -4,7 +4,8 @@ torch gives every large block back to the operating system when its tensor is go
 is cleared page by page before an operator may write to it: as long as a batch norm takes, and more.
 This package keeps the blocks of its own outputs in training and of gradients, from 128 KiB on, and
 of outputs in inference from 32 MiB on, for the next call. With what is in use, what is kept is
-never more than what was in use at once during the last one to two thousand calls. The names are those of `torch.cuda`.
+never more than what was in use at once during the last one to two thousand calls. The names are
+those of `torch.cuda`.
 
 The environment variable `BATCHNORM_EXT_CPU_CACHE` is a first limit, in bytes, read at import; 0
 turns it all off. It is off, too, where another allocator was chosen for the process: jemalloc,

@@ -140,8 +140,10 @@ def measure_network(
     model, x = prepared(NETWORKS[network], layout)
     calls = {}
     for name, way in WAYS.items():
-        candidate: Any = way(copy.deepcopy(model))
-        calls[name] = step(torch.compile(candidate) if compiled else candidate, x, dtype)
+        candidate = way(copy.deepcopy(model))
+        # Not its own compile(): that is of code which all modules share, and dynamo soon gives up.
+        made: Any = torch.compile(candidate) if compiled else candidate
+        calls[name] = step(made, x, dtype)
     with compiled_anew() if compiled else contextlib.nullcontext():
         timings = interleave(calls, budget_s=0, rounds=(rounds, rounds))
         operators = medians(calls)

@@ -247,6 +247,37 @@ def test_poisoned_residual() -> None:
         assert torch.equal(got.nan_to_num(0.0)[got.isnan() == 0], wanted[got.isnan() == 0])
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("layout", BOTH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_derivative_is_that_of_the_stored_output(
+    dtype: torch.dtype, layout: str, activation: str
+) -> None:
+    """Where z rounds to 0, or to 6, it is not 1: kept as a bit, and computed again."""
+    tie = torch.tensor([2.0**-25, 2.0**-134, 6 - 2.0**-9, 6 - 2.0**-6])
+    around = [tie, tie.nextafter(torch.tensor(9.0)), tie.nextafter(torch.tensor(-9.0))]
+    bias = torch.cat([*around, -tie, torch.tensor([0.0, 6.0, 1.0, 2.0**-24, 2.0**-133])])
+    c = len(bias)
+    x = LAYOUTS[layout](torch.zeros(2, c, 19, dtype=dtype))
+    operators = torch.ops.batchnorm_ext
+    mean, var = torch.zeros(c), torch.ones(c)
+    statistics = operators.eval_statistics(mean, var, 0.0)
+    for capability in available_capabilities():
+        with cpu_capability(capability):
+            y, mask = operators.forward_eval(
+                x, None, None, bias, mean, var, 0.0, activation, 0.25, True
+            )
+            wanted = torch.where(y > 0, 1.0, 0.25 if activation == "leaky_relu" else 0.0)
+            if activation == "relu6":
+                wanted[y >= 6] = 0
+            for kept in (mask, None):
+                _, gradient, _, _ = operators.backward(
+                    torch.ones_like(x), x, None, None, bias, *statistics, kept,
+                    False, activation, 0.25, [False, True, False, False],
+                )  # fmt: skip
+                assert torch.equal(gradient, wanted.to(dtype)), (capability, kept is None)
+
+
 # ---- magnitudes ----
 
 
