@@ -31,7 +31,7 @@ void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& b
 constexpr std::size_t kFromPool = 128 << 10;
 
 // From here on glibc maps each block anew, whatever it has seen freed. Smaller ones are often there
-// already, and asking for huge pages takes longer than it gains (docs/decisions/0004).
+// already, and huge pages made no difference beyond noise (docs/decisions/0004).
 constexpr std::size_t kMappedAnew = 32 << 20;
 
 // What resize_, share_memory_ and their like do to an output's memory goes through here, too.

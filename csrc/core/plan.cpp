@@ -118,7 +118,7 @@ struct Planner {
       plan.unit_channels = wide;
     } else if (few_rows) {
       plan.cooperative = false;
-      plan.unit_channels = round_up(divide_up(p.c, threads), kLine);
+      plan.unit_channels = round_up(divide_up(p.c, threads), kMinColumns);
     } else {
       // As many columns as the last-level cache keeps for the second pass; all of them where that
       // would be too narrow a group.
