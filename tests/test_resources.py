@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,8 @@ def test_the_table_is_of_these_kernels(table: list[Resources]) -> None:
     for row in table:
         architectures.setdefault(row.kernel, set()).add(row.architecture)
     assert len(table) == sum(map(len, architectures.values()))
-    assert len(architectures) >= 60
-    # `--turn` leaves some kernels to other days, but one architecture.
+    assert len(architectures) >= 30
+    # `--turn` leaves half of the kernels to other days, and of others all but one architecture.
     assert everything in architectures.values()
     assert all(of in (everything, {"sm_90"}) for of in architectures.values())
 
@@ -86,7 +87,7 @@ def test_each_file_of_kernels_has_its_turn() -> None:
     source = folder / "kernels_forward_double.cu"
     assert resources.architectures_of(source, "8.0;9.0", None) == "8.0;9.0"
     turns = [resources.architectures_of(source, "8.0;9.0", turn) for turn in range(9)]
-    assert turns == ["9.0", "8.0;9.0", *["9.0"] * 7]
+    assert turns == ["", "8.0;9.0", *["", "9.0"] * 3, ""]
     launcher = folder / "launch_forward.cu"
     assert resources.architectures_of(launcher, "8.0;9.0", 0) == "8.0;9.0"
 
@@ -175,7 +176,9 @@ def accesses() -> list[Accesses]:
 def test_vector_kernels_move_tensors_by_16_bytes(accesses: list[Accesses]) -> None:
     """Or each of a warp's stores would touch all the sectors of four."""
     vector = [row for row in accesses if "Access=0" in row.kernel]
-    assert len(vector) == 32
+    of_each = Counter(row.kernel.partition(",")[0] for row in vector)
+    assert set(of_each.values()) == {4}, of_each
+    assert {name.partition("_")[0] for name in of_each} == {"forward", "backward"}
     for row in vector:
         forward, lanes = row.kernel.startswith("forward"), 8 if "Mapping=1" in row.kernel else 1
         assert row.wide_loads > 0 and row.wide_stores > 0, row

@@ -566,7 +566,7 @@ class Check {
         mean.doubles(),
         invstd.doubles(),
         nullptr};
-    const CpuPlan chosen = plan(Pass::kForward, c_.mask);
+    const CpuPlan& chosen = forward_plan_;
     in_fresh_thread([&](const auto& loop) { batchnorm::cpu::forward_train(call, chosen, loop); });
 
     const double error = arithmetic_error(p_.dtype);
@@ -593,7 +593,7 @@ class Check {
     if (c_.mask) expect_mask(mask, mean_, invstd_);
   }
 
-  Location location(std::int64_t i) const { return locate(p_, plan(Pass::kForward, c_.mask), i); }
+  Location location(std::int64_t i) const { return locate(p_, forward_plan_, i); }
 
   bool expected_bit(const Input& in) const { return derivative_of(c_.activation, in.z, 0) == 1; }
 
@@ -757,6 +757,7 @@ class Check {
   const Case& c_;
   const Problem& p_;
   const Plant plant_;
+  const CpuPlan forward_plan_ = plan(Pass::kForward, c_.mask);
   Random random_;
   Buffer x_, dy_, residual_;
   PerChannel weight_, bias_, running_mean_, running_var_;
