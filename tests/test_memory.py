@@ -153,6 +153,16 @@ def test_resize_set_and_views() -> None:
     assert again.data_ptr() != address  # the view still has it
 
 
+def test_a_copy_at_the_first_write() -> None:
+    """Torch copies by the allocator of what is copied."""
+    y = output()
+    lazy = torch._lazy_clone(y)
+    assert torch._C._is_cow_tensor(y) and torch._C._is_cow_tensor(lazy)
+    lazy.add_(1)
+    assert torch.equal(y, expected()) and torch.equal(lazy, expected() + 1)
+    assert memory.memory_stats().in_use >= y.nbytes + lazy.nbytes
+
+
 def test_numpy_and_dlpack_outlive_the_tensor() -> None:
     y = output()
     array, capsule = y.numpy(), torch.from_dlpack(y)

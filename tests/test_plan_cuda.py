@@ -442,6 +442,15 @@ def test_backward_reads_the_mask_as_forward_laid_it_out() -> None:
         assert len(layouts) == 1, call
 
 
+def test_a_group_that_is_too_large_is_halved() -> None:
+    """One that was asked for, whose sums two blocks' halves of shared memory do not hold."""
+    call = Call("channels_last", "float64", 64, 4096, 196, "backward", device="t4")
+    blocks = occupancy(2, {})
+    plans = [call.plan(unit_channels=asked, occupancy=blocks) for asked in (64, 256)]
+    assert [plan["unit_channels"] for plan in plans] == [64, 128]
+    assert all(2 * p["shared_bytes"] <= DEVICES["t4"]["shared_per_block"] for p in plans)
+
+
 def test_a_plan_depends_on_nothing_but_its_arguments() -> None:
     calls = list(random_calls(1000, seed=1))
     first = [call.plan() for call in calls]

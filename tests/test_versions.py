@@ -27,10 +27,11 @@ chmod +x "$VENV/bin/python"
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A repository with the script and some files, and the make beside it."""
+    """A repository with the scripts and some files, and the make beside it."""
     folder = tmp_path / "project"
     (folder / ".ci").mkdir(parents=True)
-    shutil.copy(ROOT / ".ci" / "versions", folder / ".ci")
+    for name in ("versions", "copy-sources"):
+        shutil.copy(ROOT / ".ci" / name, folder / ".ci")
     (folder / ".gitignore").write_text("build/\n*.so\n")
     for name in ("kept.py", "removed.py", "ignored.so"):
         (folder / name).write_text(name)
