@@ -157,7 +157,7 @@ def test_a_copy_at_the_first_write() -> None:
     """Torch copies by the allocator of what is copied."""
     y = output()
     lazy = torch._lazy_clone(y)
-    assert torch._C._is_cow_tensor(y) and torch._C._is_cow_tensor(lazy)
+    assert torch._C._is_cow_tensor(lazy)  # type: ignore[attr-defined]
     lazy.add_(1)
     assert torch.equal(y, expected()) and torch.equal(lazy, expected() + 1)
     assert memory.memory_stats().in_use >= y.nbytes + lazy.nbytes
