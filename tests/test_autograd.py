@@ -278,31 +278,6 @@ def test_per_sample_gradients_of_a_module() -> None:
         torch.testing.assert_close(results[0][name], wanted)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_per_sample_gradients_of_a_penalty_on_gradients(training: bool) -> None:
-    """Of the parameters' gradients, too: a backward pass of them, batched."""
-    x, weight, bias = double(4, 3, 2, 2), double(2), double(2)
-    statistics: Statistics = (None, None) if training else (double(2), double(2).square() + 0.5)
-    results = []
-    for function in (ours, composed):
-
-        def penalty(
-            weight: Tensor, bias: Tensor, x: Tensor, function: Callable[..., Tensor] = function
-        ) -> Tensor:
-            def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-                return function(x, *statistics, weight, bias, training).pow(3).sum()
-
-            found = grad(loss, argnums=(0, 1, 2))(x, weight, bias)
-            return torch.stack([g.square().sum() for g in found]).sum()
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # operators without a batching rule of their own
-            each = vmap(grad(penalty, argnums=(0, 1, 2)), (None, None, 0))
-            results.append(each(weight, bias, x))
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted)
-
-
 @pytest.mark.parametrize("transform", [grad, lambda f: lambda x: jvp(f, (x,), (x,))])
 def test_captured_buffers_are_refused_as_torch_does(transform: Any) -> None:
     """A transform can't see a write to a buffer from outside; an error, not a lost update."""

@@ -87,6 +87,40 @@ def test_create_graph_takes_the_same_mask(name: str, residual: bool, layout: str
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+def test_penalties_on_all_gradients(batched: bool, training: bool) -> None:
+    """Of the parameters', too: third derivatives, or the second ones of a batch of gradients. As of
+    the formula in elementary operators, since torch's third derivative is wrong (below)."""
+    leaves = [t.requires_grad_() for t in (double(4, 3, 5), double(3), double(3))]
+    statistics: Statistics = (None, None) if training else (double(3), double(3).square() + 0.5)
+    dy = double(2, 4, 3, 5)
+
+    def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        mean, var = statistics
+        if mean is None or var is None:
+            mean, var = x.mean((0, 2)), x.var((0, 2), correction=0)
+        scale = weight * (var + 1e-5).rsqrt()
+        return (x - mean[:, None]) * scale[:, None] + bias[:, None]
+
+    def ours_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return batch_norm(x, *statistics, weight, bias, training)
+
+    results = []
+    for function in (ours_of, formula):
+        y = function(*leaves)
+        if batched:
+            found = torch.autograd.grad(y, leaves, dy, create_graph=True, is_grads_batched=True)
+        else:
+            found = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+            penalty = torch.stack([g.pow(3).sum() for g in found]).sum()
+            found = torch.autograd.grad(penalty, leaves, create_graph=True)
+        penalty = torch.stack([g.square().sum() for g in found]).sum()
+        results.append([*found, *torch.autograd.grad(penalty, leaves, allow_unused=True)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_third_derivative() -> None:
     """Of the formula in elementary operators: torch's own is wrong here (2.13 takes the saved
     statistics for constants in its second derivative)."""

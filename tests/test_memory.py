@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,11 +301,16 @@ def test_the_profiler_sees_it() -> None:
     assert max(sizes) >= y.nbytes
 
 
+def resident_bytes() -> int:
+    """Now. A process's greatest would be of what ran before, or of who started it."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def test_no_memory_is_lost() -> None:
     """Resident memory stays what it was over 300 calls."""
     for _ in range(50):
         output()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_bytes()
     for _ in range(300):
         output()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB
+    assert resident_bytes() - before < 32 * MIB

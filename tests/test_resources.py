@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,23 @@ def table() -> list[Resources]:
     return resources.read(resources.TABLE)
 
 
+def compiled(turn: int | None) -> set[str]:
+    """The files of kernels that `--turn` takes; without, all."""
+    return {
+        stem
+        for stem in resources.KERNELS
+        if resources.architectures_of(resources.CSRC / "cuda" / f"{stem}.cu", "8.0", turn)
+    }
+
+
+def of_each_file(names: Iterable[str]) -> Counter[str]:
+    """How many of the kernels are of each file. Those of a turn, or of all files."""
+    found = re.findall(r"^(forward|backward)_kernel<(\w+),", "\n".join(names), re.MULTILINE)
+    count = Counter(f"kernels_{way}_{dtype.lower()}" for way, dtype in found)
+    assert set(count) in [compiled(turn) for turn in (None, *range(len(resources.KERNELS)))]
+    return count
+
+
 def test_the_table_is_of_these_kernels(table: list[Resources]) -> None:
     everything = {f"sm_{w.removesuffix('+PTX').replace('.', '')}"
                   for w in resources.ARCHITECTURES.split(";")}  # fmt: skip
@@ -75,7 +93,7 @@ def test_the_table_is_of_these_kernels(table: list[Resources]) -> None:
     for row in table:
         architectures.setdefault(row.kernel, set()).add(row.architecture)
     assert len(table) == sum(map(len, architectures.values()))
-    assert len(architectures) >= 30
+    assert set(of_each_file(architectures).values()) == {8}
     # `--turn` leaves half of the kernels to other days, and of others all but one architecture.
     assert everything in architectures.values()
     assert all(of in (everything, {"sm_90"}) for of in architectures.values())
@@ -176,9 +194,7 @@ def accesses() -> list[Accesses]:
 def test_vector_kernels_move_tensors_by_16_bytes(accesses: list[Accesses]) -> None:
     """Or each of a warp's stores would touch all the sectors of four."""
     vector = [row for row in accesses if "Access=0" in row.kernel]
-    of_each = Counter(row.kernel.partition(",")[0] for row in vector)
-    assert set(of_each.values()) == {4}, of_each
-    assert {name.partition("_")[0] for name in of_each} == {"forward", "backward"}
+    assert set(of_each_file(row.kernel for row in vector).values()) == {4}
     for row in vector:
         forward, lanes = row.kernel.startswith("forward"), 8 if "Mapping=1" in row.kernel else 1
         assert row.wide_loads > 0 and row.wide_stores > 0, row

@@ -566,8 +566,8 @@ class Check {
         mean.doubles(),
         invstd.doubles(),
         nullptr};
-    const CpuPlan& chosen = forward_plan_;
-    in_fresh_thread([&](const auto& loop) { batchnorm::cpu::forward_train(call, chosen, loop); });
+    in_fresh_thread(
+        [&](const auto& loop) { batchnorm::cpu::forward_train(call, forward_plan_, loop); });
 
     const double error = arithmetic_error(p_.dtype);
     for (std::int64_t c = 0; c < p_.c; ++c) {
