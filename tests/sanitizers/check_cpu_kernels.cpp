@@ -508,12 +508,13 @@ class Check {
   }
 
   void parallel_for(std::int64_t tasks, const std::function<void(std::int64_t)>& body) const {
+    const std::int64_t workers = std::min<std::int64_t>(c_.workers, tasks);
     const auto work = [&](std::int64_t worker) {
-      for (std::int64_t i = worker; i < tasks; i += c_.workers) body(i);
+      for (std::int64_t i = worker; i < tasks; i += workers) body(i);
       if (plant_ == Plant::kRace && worker > 0) body(0);
     };
     std::vector<std::thread> threads;
-    for (int worker = 1; worker < c_.workers; ++worker) threads.emplace_back(work, worker);
+    for (std::int64_t worker = 1; worker < workers; ++worker) threads.emplace_back(work, worker);
     work(0);
     for (std::thread& thread : threads) thread.join();
   }
